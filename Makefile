@@ -1,0 +1,68 @@
+# Every target sets itself up: a .venv with torch, the tools and this package in editable mode. Re-runs only rebuild.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BENCH_ARGS ?= run --preset cpu --json build/bench.json
+TEST_ARGS ?=
+SANITIZE_ARGS ?= tests -k native -m "not gpu and not slow"
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f) $(wildcard kernels/*/__init__.py)
+SANITIZED := build/sanitize/site
+
+.PHONY: test bench lint format sanitize clean install
+.DELETE_ON_ERROR:
+
+test: $(VENV)/.installed
+	$(BIN)/pytest -m "not gpu" --durations=15 -p no:cacheprovider $(TEST_ARGS)
+
+bench: $(VENV)/.installed
+	@mkdir -p build
+	$(BIN)/python -m fastattn.bench $(BENCH_ARGS)
+
+lint: $(VENV)/.tools
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(VENV)/.tools
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format -i
+
+# The sanitized library goes into a second copy of the package, which PYTHONPATH puts in front of the editable one.
+sanitize: $(SANITIZED)/.installed
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1:strict_init_order=true:detect_odr_violation=0 \
+	UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 FASTATTN_TEST_BACKENDS=native \
+	PYTHONPATH=$(CURDIR)/$(SANITIZED) $(BIN)/pytest -p no:cacheprovider $(SANITIZE_ARGS)
+
+install: $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fastattn/_C.* fastattn/_build_info.json
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Without ensurepip (Debian without python3-venv) the outer pip fills the new environment.
+$(VENV)/.created:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), f"Python >= 3.10 needed, {sys.version} found"'
+	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
+	  $(PYTHON) -m pip --python $(VENV)/bin/python install pip; }
+	touch $@
+
+# torch first and by exact version, so that nothing after it can pull another.
+$(VENV)/.tools: .ci/requirements.txt | $(VENV)/.created
+	$(PIP) install "$(TORCH)"
+	$(PIP) install -r .ci/requirements.txt "$(TORCH)"
+	touch $@
+
+$(VENV)/.installed: $(SOURCES) $(VENV)/.tools
+	$(PIP) install --no-deps --no-build-isolation -e .
+	touch $@
+
+$(SANITIZED)/.installed: $(SOURCES) $(shell find fastattn bench kernels -name '*.py') $(VENV)/.installed
+	rm -rf $(SANITIZED)
+	FASTATTN_SANITIZE=1 FASTATTN_BUILD=cpu $(PIP) install --no-deps --no-build-isolation --target $(SANITIZED) .
+	touch $@

@@ -1,0 +1,1 @@
+"""Microbenchmarks of fastattn: `python -m fastattn.bench run`. Ships as `fastattn.bench`."""

@@ -1,0 +1,43 @@
+"""What a bench case is: a problem, the work it takes, and the goals it is held to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Goal:
+    """None: no goal of that kind."""
+
+    ratio: float | None = None  # at least this many times as fast as the baseline
+    of_peak: float | None = None  # at least this share of the peak measured in the same run
+    slower_by_us: float | None = None  # at most this much slower than the baseline
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    op: str  # the module of bench/cases that makes inputs and implementations
+    problem: Any  # shapes and options, in the terms of that module
+    dtype: str
+    backward: bool = False
+    flops: float = 0.0
+    bytes: float = 0.0
+    bound: str = "compute"  # or "memory": which peak limits it
+    goal: Goal = Goal()
+    presets: tuple[str, ...] = ("cpu",)
+    device: str = "cpu"
+    details: dict[str, Any] = field(default_factory=dict)  # shapes and options as plain data, for the JSON
+    extra: str = ""  # what the op module has to know beyond the problem
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """`call(inputs)` returns the output; the first implementation of a case is its baseline."""
+
+    call: Callable[[Any], Any]
+    kernel: Callable[[Any], str] = lambda inputs: ""  # which kernel runs, in words
+    threads: int | None = None  # None: as many as the run has
+    peer: bool = False  # someone else's code: whatever it raises means "n/a", not "broken"

@@ -1,0 +1,77 @@
+"""Denominators, measured in the same run as what they divide."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+READ_BYTES = 256 << 20
+WINDOW_SECONDS = 0.3
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """GFLOP/s and GB/s; None where it cannot be measured, with the reason."""
+
+    fp32: float | None = None
+    bf16: float | None = None
+    read: float | None = None
+    source: str = ""
+
+    def of(self, dtype: str, bound: str) -> float | None:
+        """The peak that limits a case. A CPU without fp16 arithmetic computes fp16 in fp32."""
+        if bound == "memory":
+            return self.read
+        return self.bf16 if dtype == "bf16" or self.fp32 is None else self.fp32
+
+    def best(self, other: Peaks) -> Peaks:
+        def larger(a: float | None, b: float | None) -> float | None:
+            return max((x for x in (a, b) if x is not None), default=None)
+
+        return Peaks(
+            larger(self.fp32, other.fp32), larger(self.bf16, other.bf16), larger(self.read, other.read), self.source
+        )
+
+
+def measure(device: str, threads: int) -> Peaks:
+    return _cuda() if device == "cuda" else _cpu(threads)
+
+
+def read_bandwidth(threads: int) -> float | None:
+    """GB/s now: it moves with what the neighbours of a shared machine do, so rows bound by memory ask again."""
+    native = native_library()
+    return None if native is None else native.read_bandwidth(threads, READ_BYTES)
+
+
+def native_library() -> Any:
+    """fastattn._C, or None in a pure-Python install."""
+    try:
+        return importlib.import_module("fastattn._C")
+    except ImportError:
+        return None
+
+
+def _cpu(threads: int) -> Peaks:
+    native = native_library()
+    if native is None:
+        return Peaks(source="n/a: the native library is not built")
+    fma = native.peak_fma(threads, WINDOW_SECONDS)
+    bf16 = native.peak_bf16_dot(threads, WINDOW_SECONDS) or fma  # 0: no such instruction, bf16 runs in fp32
+    read = native.read_bandwidth(threads, READ_BYTES)
+    return Peaks(fma, bf16, read, f"native micro-kernels, {native.isa()}, {threads} threads")
+
+
+def _cuda() -> Peaks:
+    """bf16 matmul and device copy: what a kernel can be expected to reach, not the data sheet."""
+    from fastattn.testing.timing import interleave
+
+    n, size = 8192, 2 << 30
+    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    source, target = (torch.empty(size, dtype=torch.int8, device="cuda") for _ in range(2))
+    samples = interleave({"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}, device="cuda", budget=1.0)
+    matmul = 2e-9 * n**3 / samples["matmul"].quantile(0.2)
+    copy = 2e-9 * size / samples["copy"].quantile(0.2)
+    return Peaks(None, matmul, copy, f"bf16 matmul {n}^3 and copy on {torch.cuda.get_device_name()}")

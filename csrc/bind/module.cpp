@@ -1,0 +1,18 @@
+#include <pybind11/pybind11.h>
+
+#include "fastattn/isa.h"
+
+namespace py = pybind11;
+
+namespace fastattn {
+void register_softmax(py::module_& m);
+void register_peak(py::module_& m);
+}  // namespace fastattn
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+    m.doc() = "Native kernels of fastattn: no torch inside, tensors are read through their Python methods.";
+    m.def("isa", [] { return fastattn::isa_name(fastattn::current_isa()); }, "instruction set in use");
+    m.def("best_isa", [] { return fastattn::isa_name(fastattn::best_isa()); }, "best instruction set of this machine");
+    fastattn::register_softmax(m);
+    fastattn::register_peak(m);
+}

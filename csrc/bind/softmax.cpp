@@ -1,0 +1,150 @@
+#include "fastattn/softmax.h"
+
+#include <cmath>
+
+#include "tensor.h"
+
+namespace py = pybind11;
+
+namespace fastattn {
+namespace {
+
+constexpr int64_t kLargestHead = 512;
+
+std::string text(const TensorView& t) {
+    std::string s = "[";
+    for (int i = 0; i < 4; ++i) s += (i ? ", " : "") + std::to_string(t.size[i]);
+    return s + "]";
+}
+
+void expect(const TensorView& t, const char* name, const int64_t (&sizes)[4], bool broadcast = false) {
+    for (int i = 0; i < 4; ++i) {
+        if (t.size[i] != sizes[i] && !(broadcast && t.size[i] == 1)) {
+            TensorView wanted;
+            for (int d = 0; d < 4; ++d) wanted.size[d] = sizes[d];
+            refuse(std::string(name) + " has shape " + text(t) + ", expected " + (broadcast ? "to broadcast to " : "") +
+                   text(wanted));
+        }
+    }
+}
+
+int64_t bound(py::handle value, int64_t missing) {
+    if (value.is_none()) return missing;
+    const int64_t x = value.cast<int64_t>();
+    return x > kUnbounded ? kUnbounded : x < -kUnbounded ? -kUnbounded : x;
+}
+
+float* lse_data(const TensorView& t, const char* name, const SoftmaxParams& p) {
+    if (!t) return nullptr;
+    expect(t, name, {1, p.B(), p.Hq(), p.Lq()});
+    if (t.dtype != DType::kFloat32) refuse(std::string(name) + " must be float32");
+    const int64_t want[4] = {0, p.Hq() * p.Lq(), p.Lq(), 1};
+    for (int i = 1; i < 4; ++i) {
+        if (t.size[i] > 1 && t.stride[i] != want[i]) refuse(std::string(name) + " must be contiguous");
+    }
+    return reinterpret_cast<float*>(t.data);
+}
+
+SoftmaxParams params(py::handle q, py::handle k, py::handle v, py::handle mask, py::handle bias, py::handle rng,
+                     py::handle out, py::handle lse, double scale, py::handle lo, py::handle hi, double dropout_p,
+                     int threads) {
+    SoftmaxParams p{};
+    p.q = view_of(q, "q", 4);
+    p.k = view_of(k, "k", 4);
+    p.v = view_of(v, "v", 4);
+    p.mask = view_of(mask, "mask", 4, true);
+    p.bias = view_of(bias, "bias", 4, true);
+    p.out = view_of(out, "out", 4);
+    const int64_t B = p.B(), Hq = p.Hq(), Hk = p.Hk(), Lq = p.Lq(), Lk = p.Lk();
+    expect(p.k, "k", {B, Hk, Lk, p.D()});
+    expect(p.v, "v", {B, Hk, Lk, p.Dv()});
+    expect(p.out, "out", {B, Hq, Lq, p.Dv()});
+    if ((Hk == 0) != (Hq == 0) || (Hk && Hq % Hk)) {
+        refuse("the heads of q must be a multiple of those of k: q " + text(p.q) + ", k " + text(p.k));
+    }
+    if (p.D() > kLargestHead || p.Dv() > kLargestHead) refuse("head dimension over 512: q " + text(p.q) + ", v " + text(p.v));
+    if (p.q.dtype == DType::kBool || p.k.dtype != p.q.dtype || p.v.dtype != p.q.dtype || p.out.dtype != p.q.dtype) {
+        refuse("q, k, v and out must share one floating dtype");
+    }
+    if (p.mask) {
+        expect(p.mask, "mask", {B, Hq, Lq, Lk}, true);
+        if (p.mask.dtype != DType::kBool) refuse("mask must be bool");
+    }
+    if (p.bias) {
+        expect(p.bias, "bias", {B, Hq, Lq, Lk}, true);
+        if (p.bias.dtype != p.q.dtype && p.bias.dtype != DType::kFloat32) refuse("bias must be float32 or the dtype of q");
+    }
+    p.lse = lse_data(view_of(lse, "lse", 3), "lse", p);
+    if (!std::isfinite(scale)) refuse("scale must be finite");
+    if (!(dropout_p >= 0.0 && dropout_p <= 1.0)) refuse("dropout_p must be in [0, 1]");
+    p.scale = scale;
+    p.lo = bound(lo, -kUnbounded);
+    p.hi = bound(hi, kUnbounded);
+    p.dropout_p = dropout_p;
+    if (dropout_p > 0) {
+        if (rng.is_none()) refuse("rng is required with dropout");
+        const py::list words = rng.attr("tolist")();
+        if (words.size() != 2) refuse("rng must hold two int64: seed and offset");
+        p.seed = static_cast<uint64_t>(words[0].cast<int64_t>());
+        p.offset = static_cast<uint64_t>(words[1].cast<int64_t>());
+    }
+    if (threads < 1 || threads > 4096) refuse("threads must be in 1 .. 4096");
+    p.threads = threads;
+    return p;
+}
+
+void forward(py::handle q, py::handle k, py::handle v, py::handle mask, py::handle bias, py::handle rng, py::handle out,
+             py::handle lse, double scale, py::handle lo, py::handle hi, double dropout_p, int threads) {
+    const SoftmaxParams p = params(q, k, v, mask, bias, rng, out, lse, scale, lo, hi, dropout_p, threads);
+    const py::gil_scoped_release released;
+    softmax_forward(p);
+}
+
+void backward(py::handle dout, py::handle dlse, py::handle q, py::handle k, py::handle v, py::handle mask, py::handle bias,
+              py::handle rng, py::handle out, py::handle lse, py::handle dq, py::handle dk, py::handle dv, py::handle dbias,
+              double scale, py::handle lo, py::handle hi, double dropout_p, int threads) {
+    const SoftmaxParams p = params(q, k, v, mask, bias, rng, out, lse, scale, lo, hi, dropout_p, threads);
+    SoftmaxGradients g{};
+    g.dout = view_of(dout, "dout", 4);
+    g.dq = view_of(dq, "dq", 4, true);
+    g.dk = view_of(dk, "dk", 4, true);
+    g.dv = view_of(dv, "dv", 4, true);
+    g.dbias = view_of(dbias, "dbias", 4, true);
+    py::object dense;
+    if (!dlse.is_none()) {
+        dense = dlse.attr("contiguous")();
+        g.dlse = lse_data(view_of(dense, "dlse", 3), "dlse", p);
+    }
+    expect(g.dout, "dout", {p.B(), p.Hq(), p.Lq(), p.Dv()});
+    if (g.dout.dtype != p.q.dtype) refuse("dout must have the dtype of q");
+    const auto same = [&](const TensorView& t, const char* name, const TensorView& like, DType dtype) {
+        if (!t) return;
+        expect(t, name, {like.size[0], like.size[1], like.size[2], like.size[3]});
+        if (t.dtype != dtype) refuse(std::string(name) + " has the wrong dtype");
+    };
+    same(g.dq, "dq", p.q, p.q.dtype);
+    same(g.dk, "dk", p.k, p.q.dtype);
+    same(g.dv, "dv", p.v, p.q.dtype);
+    if (g.dbias && !p.bias) refuse("dbias without bias");
+    same(g.dbias, "dbias", p.bias, DType::kFloat32);
+    int64_t dense_stride = 1;
+    for (int i = 3; g.dbias && i >= 0; dense_stride *= g.dbias.size[i--]) {
+        if (g.dbias.size[i] > 1 && g.dbias.stride[i] != dense_stride) refuse("dbias must be contiguous");
+    }
+    const py::gil_scoped_release released;
+    softmax_backward(p, g);
+}
+
+}  // namespace
+
+void register_softmax(py::module_& m) {
+    m.def("softmax_forward", &forward,
+          "softmax_forward(q, k, v, mask, bias, rng, out, lse, scale, lo, hi, dropout_p, threads): fills out and lse");
+    m.def("softmax_backward", &backward,
+          "softmax_backward(dout, dlse, q, k, v, mask, bias, rng, out, lse, dq, dk, dv, dbias, scale, lo, hi, dropout_p, "
+          "threads): fills the gradients that are not None");
+    m.def("is_decode", [](int64_t Lq, int64_t group, int64_t Lk) { return is_decode(Lq, group, Lk); },
+          "whether the keys are split instead of the queries");
+}
+
+}  // namespace fastattn

@@ -1,0 +1,65 @@
+// Chooses the ISA once per process and forwards each entry point to it.
+#include <cstdlib>
+#include <cstring>
+
+#include "fastattn/isa.h"
+#include "fastattn/softmax.h"
+
+namespace fastattn {
+
+static const char* const kNames[] = {"scalar", "avx2", "avx512", "avx512_bf16"};
+
+const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
+
+Isa best_isa() {
+#if defined(__x86_64__) && !defined(FASTATTN_SCALAR_ONLY)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq")) {
+        return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+        return Isa::avx2;
+    }
+#endif
+    return Isa::scalar;
+}
+
+static Isa choose() {
+    const Isa best = best_isa();
+    const char* forced = std::getenv("FASTATTN_ISA");
+    for (int i = 0; forced && i < static_cast<int>(best); ++i) {
+        if (!std::strcmp(forced, kNames[i])) return static_cast<Isa>(i);
+    }
+    return best;
+}
+
+Isa current_isa() {
+    static const Isa isa = choose();
+    return isa;
+}
+
+#define FASTATTN_CASE_FORWARD(isa) \
+    case Isa::isa:                 \
+        return isa::softmax_forward(p);
+#define FASTATTN_CASE_BACKWARD(isa) \
+    case Isa::isa:                  \
+        return isa::softmax_backward(p, g);
+
+void softmax_forward(const SoftmaxParams& p) {
+    switch (current_isa()) {
+        FASTATTN_FOR_EACH_ISA(FASTATTN_CASE_FORWARD)
+        default:
+            return;
+    }
+}
+
+void softmax_backward(const SoftmaxParams& p, const SoftmaxGradients& g) {
+    switch (current_isa()) {
+        FASTATTN_FOR_EACH_ISA(FASTATTN_CASE_BACKWARD)
+        default:
+            return;
+    }
+}
+
+}  // namespace fastattn

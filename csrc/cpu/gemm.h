@@ -1,0 +1,106 @@
+// Small matrix products on packed operands, the only arithmetic of attention that counts.
+//
+// An operand is made of 32-bit units: a float, or (Bf16) a pair of bf16 neighbours along the summed dimension. One
+// step multiplies one unit of A, broadcast, with W units of B.
+#pragma once
+#include "simd/simd.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+struct Fp32 {
+    static constexpr int kPair = 1;  // elements per unit
+    static constexpr bool kFastExp = false;
+    static Vec dot(Vec a, Vec b, Vec c) { return vfma(a, b, c); }
+};
+#ifdef FASTATTN_HAS_BF16_DOT
+struct Bf16 {
+    static constexpr int kPair = 2;
+    static constexpr bool kFastExp = true;
+    static Vec dot(Vec a, Vec b, Vec c) { return bf16_dot(a, b, c); }
+};
+#endif
+
+constexpr int kPanel = 2 * W;  // columns of a register tile, and of a packed panel of B
+
+// A[r, s] at a[r * row + s * step]
+struct Rows {
+    const float* a;
+    int64_t row, step;
+};
+
+// Steps [a_at, a_at + steps) of A times steps [b_at, b_at + steps) of B.
+struct Segment {
+    int64_t a_at, b_at, steps;
+};
+
+enum class Store { kWrite, kAdd, kRescale };  // C = AB, C += AB, C = decay[r] * C + AB
+
+template <class Math, int R, int N, Store store>
+inline void register_tile(const Rows& x, const Segment* segments, int count, const float* b, float* c, int64_t ldc,
+                          const float* decay) {
+    Vec acc[R][N];
+    for (int r = 0; r < R; ++r) {
+        for (int n = 0; n < N; ++n) {
+            acc[r][n] = store == Store::kWrite ? vzero() : vload(c + r * ldc + n * W);
+            if (store == Store::kRescale) acc[r][n] = vmul(acc[r][n], vset(decay[r]));
+        }
+    }
+    const int64_t row = x.row, step = x.step;
+    for (int i = 0; i < count; ++i) {
+        // One pointer for every third row: base + {0, 1, 2} * row are addressing modes.
+        const float* a[(R + 2) / 3];
+        for (int r = 0; r < R; r += 3) a[r / 3] = x.a + segments[i].a_at * step + r * row;
+        const float* bs = b + segments[i].b_at * (N * W);
+        for (int64_t s = segments[i].steps; s > 0; --s) {
+            Vec bv[N];
+            for (int n = 0; n < N; ++n) bv[n] = vload(bs + n * W);
+            for (int r = 0; r < R; ++r) {
+                const Vec av = vset(a[r / 3][r % 3 * row]);
+                for (int n = 0; n < N; ++n) acc[r][n] = Math::dot(av, bv[n], acc[r][n]);
+            }
+            for (int r = 0; r < R; r += 3) a[r / 3] += step;
+            bs += N * W;
+        }
+    }
+    for (int r = 0; r < R; ++r) {
+        for (int n = 0; n < N; ++n) vstore(c + r * ldc + n * W, acc[r][n]);
+    }
+}
+
+template <class Math, int N, Store store>
+inline void tile_rows(int rows, Rows x, const Segment* segments, int count, const float* b, float* c, int64_t ldc,
+                      const float* decay) {
+    for (; rows >= kTileRows; rows -= kTileRows) {
+        register_tile<Math, kTileRows, N, store>(x, segments, count, b, c, ldc, decay);
+        x.a += kTileRows * x.row;
+        c += kTileRows * ldc;
+        if (store == Store::kRescale) decay += kTileRows;
+    }
+#define FASTATTN_TILE(R)                                                                               \
+    case R:                                                                                            \
+        if constexpr (R < kTileRows) register_tile<Math, R, N, store>(x, segments, count, b, c, ldc, decay); \
+        break;
+    switch (rows) {
+        FASTATTN_TILE(1) FASTATTN_TILE(2) FASTATTN_TILE(3) FASTATTN_TILE(4)
+        FASTATTN_TILE(5) FASTATTN_TILE(6) FASTATTN_TILE(7)
+        default:
+            break;
+    }
+#undef FASTATTN_TILE
+}
+
+// C [rows, vecs * W] with B packed as panels of kPanel columns [panel][b_steps][kPanel]; an odd last Vec is a panel of W.
+template <class Math, Store store>
+inline void gemm(int rows, int vecs, const Rows& x, const Segment* segments, int count, const float* b, int64_t b_steps,
+                 float* c, int64_t ldc, const float* decay = nullptr) {
+    for (; vecs >= 2; vecs -= 2) {
+        tile_rows<Math, 2, store>(rows, x, segments, count, b, c, ldc, decay);
+        b += b_steps * kPanel;
+        c += kPanel;
+    }
+    if (vecs) tile_rows<Math, 1, store>(rows, x, segments, count, b, c, ldc, decay);
+}
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

@@ -1,0 +1,42 @@
+#include "fastattn/parallel.h"
+
+#include <cstdlib>
+#include <new>
+#include <thread>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
+namespace fastattn {
+
+void wait_until(const std::atomic<int64_t>& value, int64_t target) {
+    for (int spins = 0; value.load(std::memory_order_acquire) != target; ++spins) {
+        // Where threads outnumber cores, the one awaited may not be running.
+        if (spins >= 1000) {
+            std::this_thread::yield();
+            continue;
+        }
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+    }
+}
+
+Scratch::Scratch(int64_t bytes) : data_(std::aligned_alloc(64, static_cast<size_t>((bytes + 127) / 64 * 64))) {
+    if (!data_) throw std::bad_alloc();
+}
+
+Scratch::~Scratch() { std::free(data_); }
+
+static std::atomic<bool> child{false};
+
+bool forked_child() {
+#if defined(__unix__) || defined(__APPLE__)
+    static const int registered = pthread_atfork(nullptr, nullptr, [] { child.store(true); });
+    (void)registered;
+#endif
+    return child.load(std::memory_order_relaxed);
+}
+
+}  // namespace fastattn

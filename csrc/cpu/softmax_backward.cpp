@@ -1,0 +1,382 @@
+// Softmax attention, backward, in one pass over the scores. A task holds a block of keys and goes over all queries: dK and
+// dV are its own sums. dQ is summed over tasks in the order of the keys: a task adds to a block of queries after the task
+// before it has. Tasks are claimed in that order too, so whoever is waited for is running, on any number of threads.
+#include "fastattn/softmax.h"
+
+#include "fastattn/parallel.h"
+#include "softmax_backward_bias.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+namespace {
+
+constexpr double kSerialWork = 1 << 16;  // scores under which waking a team costs more than it saves
+
+void store_row(const TensorView& t, int64_t b, int64_t h, int64_t i, int64_t cols, const float* row, float factor) {
+    char* target = t.row(b, h, i);
+    const Vec factors = vset(factor);
+    for (int64_t c = 0; c < cols; c += W) {
+        const Vec a = row ? vmul(vload(row + c), factors) : vzero();
+        store_floats(target, t.dtype, c, t.stride[3], a, static_cast<int>(least<int64_t>(W, cols - c)));
+    }
+}
+
+// Rows [i0, i0 + n) of a gradient: `rows` times factor, or zeros where rows is null.
+void store_rows(const TensorView& t, int64_t b, int64_t h, int64_t i0, int64_t n, const float* rows, int64_t ld,
+                float factor) {
+    for (int64_t r = 0; r < n; ++r) store_row(t, b, h, i0 + r, t.size[3], rows ? rows + r * ld : nullptr, factor);
+}
+
+void store_zeros(const TensorView& t) {
+    for (int64_t b = 0; t && b < t.size[0]; ++b) {
+        for (int64_t h = 0; h < t.size[1]; ++h) store_rows(t, b, h, 0, t.size[2], nullptr, 0, 1.0f);
+    }
+}
+
+template <class Math>
+class Backward {
+   public:
+    Backward(const SoftmaxParams& p, const SoftmaxGradients& g)
+        : p_(p),
+          g_(g),
+          sizes_(p),
+          sight_(p, Sizes::kQueries, sizes_.keys),
+          dropout_(p),
+          bias_(p, g.dbias),
+          scale_(static_cast<float>(p.scale)),
+          rows_(sizes_.q_blocks * Sizes::kQueries),
+          words_(ceil_div(p.Lq(), 64)),
+          dq_in_place_(g.dq && g.dq.dtype == DType::kFloat32 && g.dq.stride[3] == 1 && p.D() % W == 0),
+          needs_ds_(g.dq || g.dk || g.dbias),
+          in_turn_(g.dq || bias_.by_row()),
+          lse_(p.B() * p.Hq() * rows_ * 4),
+          delta_(p.B() * p.Hq() * rows_ * 4),
+          live_(p.B() * p.Hq() * words_ * 8),
+          turn_(p.B() * p.Hq() * sizes_.q_blocks * 8),
+          dq_(g.dq && !dq_in_place_ && sizes_.k_blocks > 1 ? p.B() * p.Hq() * rows_ * sizes_.ld_d * 4 : 0) {}
+
+    void run() {
+        const int64_t batches = bias_.shares_batches() ? 1 : p_.B(), heads = bias_.shares_heads() ? 1 : p_.Hk();
+        const int64_t owners = batches * heads, tasks = owners * sizes_.k_blocks;
+        const int64_t preparations = p_.B() * p_.Hq() * sizes_.q_blocks;
+        const double work = static_cast<double>(p_.B() * p_.Hq() * p_.Lq()) * static_cast<double>(p_.Lk());
+        const int64_t threads = work < kSerialWork ? 1 : least<int64_t>(p_.threads, most(tasks, preparations));
+        const int64_t size = reinterpret_cast<intptr_t>(Buffers().lay_out(sizes_, nullptr));
+        const Scratch memory(threads * size);
+        std::atomic<int64_t> next{0}, members{0}, prepared{0};
+        run_team(static_cast<int>(threads), [&] {
+            Buffers buffers;
+            buffers.lay_out(sizes_, memory.as<float>() + members.fetch_add(1) * (size / 4));
+            for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < preparations + tasks;) {
+                if (task < preparations) {
+                    prepare(task / sizes_.q_blocks, task % sizes_.q_blocks);
+                    prepared.fetch_add(1, std::memory_order_release);
+                    continue;
+                }
+                wait_until(prepared, preparations);
+                // Neighbouring tasks belong to different heads where there are several: then nobody waits.
+                const int64_t at = task - preparations, wave = at / (threads * sizes_.k_blocks);
+                const int64_t width = least(threads, owners - wave * threads), rest = at - wave * threads * sizes_.k_blocks;
+                const int64_t owner = wave * threads + rest % width, n = rest / width;
+                const int64_t b0 = owner / heads, hk0 = owner % heads;
+                for (int64_t b = b0; b < (batches == 1 ? p_.B() : b0 + 1); ++b) {
+                    for (int64_t hk = hk0; hk < (heads == 1 ? p_.Hk() : hk0 + 1); ++hk) key_block(buffers, b, hk, n);
+                }
+            }
+        });
+        bias_.finish();
+    }
+
+   private:
+    using Sizes = BackwardSizes<Math>;
+    using Buffers = BackwardBuffers<Math>;
+
+    // Queries [i0, i0 + rows) of (b, h), block m.
+    struct Queries {
+        int64_t b, h, m, i0;
+        int rows;
+    };
+    Queries queries(int64_t b, int64_t h, int64_t m) const {
+        const int64_t i0 = m * Sizes::kQueries;
+        return {b, h, m, i0, static_cast<int>(least<int64_t>(Sizes::kQueries, p_.Lq() - i0))};
+    }
+    std::atomic<int64_t>& turn(const Queries& x) const {
+        return turn_.as<std::atomic<int64_t>>()[(x.b * p_.Hq() + x.h) * sizes_.q_blocks + x.m];
+    }
+    Source query_rows(const TensorView& t, const Queries& x) const {
+        Source s = source_of(t, x.b, x.h);
+        s.seen = live_.as<uint64_t>() + (x.b * p_.Hq() + x.h) * words_;
+        s.last = p_.Lq();
+        return s;
+    }
+
+    // lse, delta = rowsum(dO * O) - dlse and which rows see anything; dead and missing rows get lse = inf: no weight.
+    void prepare(int64_t head, int64_t m) const {
+        const Queries x = queries(head / p_.Hq(), head % p_.Hq(), m);
+        float* lse = lse_.as<float>() + head * rows_ + x.i0;
+        float* delta = delta_.as<float>() + head * rows_ + x.i0;
+        uint64_t* live = live_.as<uint64_t>() + head * words_ + x.i0 / 64;
+        for (int64_t w = 0; w * 64 < x.rows; ++w) live[w] = 0;
+        const Source out = source_of(p_.out, x.b, x.h), dout = source_of(g_.dout, x.b, x.h);
+        for (int r = 0; r < Sizes::kQueries; ++r) {
+            const int64_t at = head * p_.Lq() + x.i0 + r;
+            lse[r] = kInfinity;
+            delta[r] = 0.0f;
+            if (r >= x.rows || p_.lse[at] == -kInfinity) continue;
+            lse[r] = p_.lse[at];
+            live[r / 64] |= uint64_t{1} << r % 64;
+            Vec sum = vzero();
+            for (int64_t c = 0; c < p_.Dv(); c += W) {
+                const int n = static_cast<int>(least<int64_t>(W, p_.Dv() - c));
+                sum = vfma(out.load(x.i0 + r, c, n), dout.load(x.i0 + r, c, n), sum);
+            }
+            delta[r] = vsum(sum) - (g_.dlse ? g_.dlse[at] : 0.0f);
+        }
+        const int64_t first = sight_.next(x.b, x.h, m, 0);
+        turn(x).store(first, std::memory_order_relaxed);
+        if (first < sizes_.k_blocks) return;
+        if (g_.dq) store_rows(g_.dq, x.b, x.h, x.i0, x.rows, nullptr, 0, 1.0f);
+        if (bias_.by_row()) bias_.zero_rows(x.b, x.h, x.i0, x.rows);
+    }
+
+    // All queries of the group of (b, hk) against key block n.
+    void key_block(Buffers& x, int64_t b, int64_t hk, int64_t n) const {
+        const int64_t j0 = n * sizes_.keys, keys = least(sizes_.keys, p_.Lk() - j0);
+        memset(x.dk, 0, sizeof(float) * static_cast<size_t>(sizes_.keys * sizes_.ld_d));
+        memset(x.dv, 0, sizeof(float) * static_cast<size_t>(sizes_.keys * sizes_.ld_dv));
+        bool packed = false;
+        for (int64_t h = hk * p_.group(); h < (hk + 1) * p_.group(); ++h) {
+            bias_.open_columns(b, h, j0, keys);
+            // The last queries first: under a causal band they are the ones that the key block before began with.
+            for (int64_t m = sizes_.q_blocks - 1; m >= 0; --m) {
+                const Queries q = queries(b, h, m);
+                bias_.open(b, h, q.i0, q.rows, j0, keys);
+                if (sight_.next(b, h, m, n) != n) continue;
+                if (!packed) pack_keys(x, b, hk, j0);
+                packed = true;
+                query_block(x, q, n);
+            }
+        }
+        if (g_.dk) store_rows(g_.dk, b, hk, j0, keys, x.dk, sizes_.ld_d, scale_);
+        if (g_.dv) store_rows(g_.dv, b, hk, j0, keys, x.dv, sizes_.ld_dv, 1.0f);
+    }
+
+    void pack_keys(Buffers& x, int64_t b, int64_t hk, int64_t j0) const {
+        const Source k = sight_.keys(p_.k, b, hk), v = sight_.keys(p_.v, b, hk);
+        for (int64_t panel = 0; panel < sizes_.panels; ++panel) {
+            const int64_t j = j0 + panel * kPanel, n = most<int64_t>(0, least<int64_t>(kPanel, p_.Lk() - j));
+            pack_transposed<Math>(k, j, n, p_.D(), x.k_columns + panel * kPanel * sizes_.d_units);
+            if (needs_ds_) pack_transposed<Math>(v, j, n, p_.Dv(), x.v_columns + panel * kPanel * sizes_.dv_units);
+        }
+        if (g_.dq) pack_summed<Math>(k, j0, sizes_.keys, p_.D(), x.k_rows, sizes_.key_units, 0);
+        // Without dP there is no dS; what is made of these zeros is not read.
+        if (!needs_ds_) memset(x.dscores_by_key, 0, sizeof(float) * static_cast<size_t>(Sizes::kQueries * sizes_.key_units));
+        if constexpr (Math::kPair == 2) {
+            if (!needs_ds_) memset(x.dweights, 0, sizeof(float) * kStrip * kPanel);
+        }
+    }
+
+    void query_block(Buffers& x, const Queries& q, int64_t n) const {
+        const Source rows = query_rows(p_.q, q), drows = query_rows(g_.dout, q);
+        pack_rows<Math>(rows, q.i0, q.rows, p_.D(), 1.0f, x.q);
+        if (needs_ds_) pack_rows<Math>(drows, q.i0, q.rows, p_.Dv(), 1.0f, x.o);
+        if (g_.dk) pack_summed<Math>(rows, q.i0, q.rows, p_.D(), x.q_summed, steps(), 0);
+        if (g_.dv) pack_summed<Math>(drows, q.i0, q.rows, p_.Dv(), x.o_summed, steps(), 0);
+
+        float row_sums[Sizes::kQueries] = {};
+        uint32_t used[kMaxPanels] = {};  // row groups of each panel that see anything
+        for (int64_t panel = 0; panel < sizes_.panels;) {
+            const int64_t tile = (n * sizes_.keys + panel * kPanel) / kTile;
+            const int64_t end = panel + kTile / kPanel;
+            const auto cover = sight_.look(q.b, q.h, q.i0, q.rows, tile, bool(p_.bias), x.visible);
+            if (cover == BackwardSight::kNothing) {
+                panel = end;
+                continue;
+            }
+            for (int r = 0; p_.dropout_p > 0 && r < q.rows; ++r) {
+                x.keep[r] = keep_word(dropout_, q.b * p_.Hq() + q.h, q.i0 + r, tile);
+            }
+            for (; panel < end; ++panel) {
+                bool masked = bool(p_.bias);
+                used[panel] = cover == BackwardSight::kAll ? ~uint32_t{0} >> (32 - groups(q)) : seen_groups(x, q, panel, masked);
+                if (used[panel]) key_panel(x, q, n, panel, used[panel], masked, row_sums);
+            }
+        }
+        if (in_turn_) add_in_turn(x, q, n, used, row_sums);
+    }
+
+    static constexpr int64_t steps() { return Sizes::kQueries / Math::kPair; }
+    static int groups(const Queries& q) { return (q.rows + kTileRows - 1) / kTileRows; }
+    static int shift_of(int64_t panel) { return static_cast<int>(panel * kPanel % kTile); }
+
+    // Row groups that see some key of the panel; `masked` if one of them does not see all.
+    uint32_t seen_groups(const Buffers& x, const Queries& q, int64_t panel, bool& masked) const {
+        const uint64_t all = ~uint64_t{0} >> (64 - kPanel) << shift_of(panel);
+        uint32_t found = 0;
+        for (int g = 0; g * kTileRows < q.rows; ++g) {
+            uint64_t any = 0, every = all;
+            for (int r = g * kTileRows; r < least(q.rows, (g + 1) * kTileRows); ++r) {
+                any |= x.visible[r];
+                every &= x.visible[r];
+            }
+            if (!(any & all)) continue;
+            found |= uint32_t{1} << g;
+            masked |= every != all;
+        }
+        return found;
+    }
+
+    // One panel of keys: scores to weights and their gradients, strip by strip, then what they add to dV and dK.
+    void key_panel(Buffers& x, const Queries& q, int64_t n, int64_t panel, uint32_t used, bool masked, float* row_sums) const {
+        constexpr int kMaxRuns = Sizes::kGroups / 2 + 1;
+        Segment runs[kMaxRuns];
+        int count = 0;
+        for (uint32_t left = used; left;) {
+            const int first = __builtin_ctz(left), length = __builtin_ctz(~(left >> first));
+            left &= length + first == 32 ? 0 : ~uint32_t{0} << (first + length);
+            const int r1 = least(q.rows, (first + length) * kTileRows);
+            for (int r = first * kTileRows; r < r1; r += kStrip) {
+                strip(x, q, n, panel, r, least(kStrip, r1 - r), masked, row_sums);
+            }
+            const int64_t at = first * kTileRows / Math::kPair;
+            runs[count++] = {at, at, units<Math>(r1) - at};
+        }
+        const int64_t key = panel * kPanel;
+        const int keys = static_cast<int>(least<int64_t>(kPanel, p_.Lk() - n * sizes_.keys - key));
+        const float* dscores = Math::kPair == 1 ? x.dscores_by_key + panel * Sizes::kQueries * kPanel : x.dscores;
+        if (g_.dv) {
+            gemm<Math, Store::kAdd>(keys, static_cast<int>(sizes_.dv_vecs), {x.weights, 1, kPanel}, runs, count, x.o_summed,
+                                    steps(), x.dv + key * sizes_.ld_dv, sizes_.ld_dv);
+        }
+        if (g_.dk) {
+            gemm<Math, Store::kAdd>(keys, static_cast<int>(sizes_.d_vecs), {dscores, 1, kPanel}, runs, count, x.q_summed,
+                                    steps(), x.dk + key * sizes_.ld_d, sizes_.ld_d);
+        }
+    }
+
+    // P and dS of rows [r0, r0 + rows) of the block and one panel of keys.
+    void strip(Buffers& x, const Queries& q, int64_t n, int64_t panel, int r0, int rows, bool masked, float* row_sums) const {
+        Strip s;
+        const int64_t head = (q.b * p_.Hq() + q.h) * rows_ + q.i0 + r0, j0 = n * sizes_.keys + panel * kPanel;
+        s.lse = lse_.as<float>() + head;
+        s.delta = delta_.as<float>() + head;
+        s.visible = x.visible + r0;
+        s.keep = x.keep + r0;
+        s.shift = shift_of(panel);
+        s.weights = x.weights + r0 / Math::kPair * kPanel;
+        s.dscores_by_key = x.dscores_by_key + (panel * Sizes::kQueries + r0) * Sizes::kUnits;
+        if constexpr (Math::kPair == 1) {
+            s.scores = s.weights;
+            s.dweights = s.dscores = s.dscores_by_key;
+        } else {
+            s.scores = x.scores;
+            s.dweights = x.dweights;
+            s.dscores = x.dscores + r0 / Math::kPair * kPanel;
+        }
+        const Segment d{0, 0, sizes_.d_units}, dv{0, 0, sizes_.dv_units};
+        gemm<Math, Store::kWrite>(rows, 2, {x.q + r0 * sizes_.ld_q, sizes_.ld_q, 1}, &d, 1,
+                                  x.k_columns + panel * kPanel * sizes_.d_units, sizes_.d_units, s.scores, kPanel);
+        if (needs_ds_) {
+            gemm<Math, Store::kWrite>(rows, 2, {x.o + r0 * sizes_.ld_o, sizes_.ld_o, 1}, &dv, 1,
+                                      x.v_columns + panel * kPanel * sizes_.dv_units, sizes_.dv_units, s.dweights, kPanel);
+        }
+        if (rows % Math::kPair) {  // the missing row of the last pair
+            memset(s.scores + rows * kPanel, 0, sizeof(float) * kPanel);
+            memset(s.dweights + rows * kPanel, 0, sizeof(float) * kPanel);
+            x.visible[r0 + rows] = x.keep[r0 + rows] = 0;
+        }
+        float scale = scale_;
+        if (p_.bias) {
+            add_bias(p_, q.b, q.h, q.i0 + r0, j0, rows, scale_, s.shift, s.scores, x.visible + r0);
+            scale = 1.0f;
+        }
+        const bool keep_sums = bias_.wanted();
+        if (p_.dropout_p > 0) {
+            masked ? weigh<Math, true, true>(s, rows, scale, dropout_.factor, keep_sums)
+                   : weigh<Math, false, true>(s, rows, scale, dropout_.factor, keep_sums);
+        } else {
+            masked ? weigh<Math, true, false>(s, rows, scale, 1.0f, keep_sums)
+                   : weigh<Math, false, false>(s, rows, scale, 1.0f, keep_sums);
+        }
+        if (keep_sums) bias_.add(q.b, q.h, q.i0 + r0, j0, rows, s.dweights, row_sums + r0);
+    }
+
+    // Adds to the sums over keys of these queries, after the key block before n and before the one after it.
+    void add_in_turn(Buffers& x, const Queries& q, int64_t n, const uint32_t* used, const float* row_sums) const {
+        const int64_t after = sight_.next(q.b, q.h, q.m, n + 1);
+        const bool first = sight_.next(q.b, q.h, q.m, 0) == n, last = after == sizes_.k_blocks;
+        wait_until(turn(q), n);
+        if (bias_.by_row()) bias_.add_rows(q.b, q.h, q.i0, q.rows, row_sums, first);
+        if (g_.dq) {
+            float* dq = x.dq;
+            int64_t ld = sizes_.ld_d;
+            if (dq_in_place_) {
+                dq = reinterpret_cast<float*>(g_.dq.row(q.b, q.h, q.i0));
+                ld = g_.dq.size[2] == 1 ? ld : g_.dq.stride[2];
+            } else if (sizes_.k_blocks > 1) {
+                dq = dq_.as<float>() + ((q.b * p_.Hq() + q.h) * rows_ + q.i0) * ld;
+            }
+            if (first) {
+                add_dq<Store::kWrite>(x, q, used, dq, ld);
+            } else {
+                add_dq<Store::kAdd>(x, q, used, dq, ld);
+            }
+            if (last) store_rows(g_.dq, q.b, q.h, q.i0, q.rows, dq, ld, scale_);
+        }
+        turn(q).store(after, std::memory_order_release);
+    }
+
+    // dQ += dS K: neighbouring row groups that see the same panels are one product.
+    template <Store store>
+    void add_dq(const Buffers& x, const Queries& q, const uint32_t* used, float* dq, int64_t ld) const {
+        const auto panels_of = [&](int g) {
+            uint32_t set = 0;
+            for (int panel = 0; panel < sizes_.panels; ++panel) set |= (used[panel] >> g & 1) << panel;
+            return set;
+        };
+        const int count = groups(q);
+        for (int g = 0; g < count;) {
+            const uint32_t set = panels_of(g);
+            int end = g + 1;
+            while (end < count && panels_of(end) == set) ++end;
+            Segment segments[kMaxPanels];
+            int segment_count = 0;
+            for (int panel = 0; panel < sizes_.panels; ++panel) {
+                if (!(set >> panel & 1)) continue;
+                segments[segment_count++] = {int64_t{panel} * Sizes::kQueries * Sizes::kUnits, panel * Sizes::kUnits, Sizes::kUnits};
+            }
+            const int64_t r0 = g * kTileRows;
+            const int rows = static_cast<int>(least<int64_t>(end * kTileRows, q.rows) - r0);
+            gemm<Math, store>(rows, static_cast<int>(sizes_.d_vecs), {x.dscores_by_key + r0 * Sizes::kUnits, Sizes::kUnits, 1},
+                              segments, segment_count, x.k_rows, sizes_.key_units, dq + r0 * ld, ld);
+            g = end;
+        }
+    }
+
+    const SoftmaxParams& p_;
+    const SoftmaxGradients& g_;
+    const Sizes sizes_;
+    const BackwardSight sight_;
+    const Dropout dropout_;
+    const BiasGradient bias_;
+    const float scale_;
+    const int64_t rows_, words_;  // of a head: query rows in whole blocks, words of their bits
+    const bool dq_in_place_, needs_ds_, in_turn_;
+    const Scratch lse_, delta_, live_, turn_, dq_;
+};
+
+}  // namespace
+
+void softmax_backward(const SoftmaxParams& p, const SoftmaxGradients& g) {
+    if (p.B() == 0 || p.Hq() == 0 || p.Lq() == 0 || p.Lk() == 0) {
+        for (const TensorView* t : {&g.dq, &g.dk, &g.dv, &g.dbias}) store_zeros(*t);
+        return;
+    }
+#ifdef FASTATTN_HAS_BF16_DOT
+    if (p.q.dtype == DType::kBFloat16) return Backward<Bf16>(p, g).run();
+#endif
+    Backward<Fp32>(p, g).run();
+}
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

@@ -1,0 +1,126 @@
+// Bias in the backward pass: added to the scores of a strip, and its gradient summed over what it broadcasts along.
+#pragma once
+#include "softmax_backward_block.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+// Scores of `rows` rows to logits, s * scale + bias; -inf hides its key.
+inline void add_bias(const SoftmaxParams& p, int64_t b, int64_t h, int64_t i0, int64_t j0, int rows, float scale,
+                     int shift, float* scores, uint64_t* visible) {
+    const int64_t stride = p.bias.last_stride();
+    const Vec scales = vset(scale);
+    for (int r = 0; r < rows; ++r) {
+        const char* source = p.bias.row(b, h, i0 + r);
+        for (int v = 0; v < 2; ++v) {
+            const int64_t j = j0 + v * W;
+            const int n = static_cast<int>(most<int64_t>(0, least<int64_t>(W, p.Lk() - j)));
+            const Vec bias = stride == 0 ? vset(load_one(source, p.bias.dtype, 0))
+                                         : load_floats(source, p.bias.dtype, j, stride, n);
+            float* s = scores + r * kPanel + v * W;
+            vstore(s, vadd(vmul(vload(s), scales), bias));
+            const uint64_t hidden = ~vnot_equal(bias, vset(-kInfinity)) & ((uint64_t{1} << W) - 1);
+            visible[r] &= ~(hidden << (shift + v * W));
+        }
+    }
+}
+
+// Gradient of the bias. One that spans queries and keys is summed where it lies; for one that broadcasts along them,
+// every head has sums of its own (over keys by query, or over queries by key) that `finish` adds up in a fixed order.
+class BiasGradient {
+   public:
+    BiasGradient(const SoftmaxParams& p, const TensorView& d)
+        : p_(p),
+          d_(d),
+          by_row_(d && d.size[3] == 1),
+          by_column_(d && d.size[3] != 1 && d.size[2] == 1),
+          dense_(d && d.size[3] != 1 && d.size[2] != 1),
+          length_(by_row_ ? p.Lq() : by_column_ ? p.Lk() : 0),
+          sums_(p.B() * p.Hq() * length_ * 4) {}
+
+    bool wanted() const { return bool(d_); }
+    bool by_row() const { return by_row_; }
+    // Batches or heads that add to the same tile: one task must take them all, in order.
+    bool shares_batches() const { return dense_ && d_.size[0] == 1; }
+    bool shares_heads() const { return dense_ && d_.size[1] == 1; }
+
+    // Before the queries [i0, i0 + rows) and keys [j0, j0 + keys) of (b, h), in every block whether visible or not.
+    void open(int64_t b, int64_t h, int64_t i0, int64_t rows, int64_t j0, int64_t keys) const {
+        if (!dense_ || (shares_batches() && b > 0) || (shares_heads() && h > 0)) return;
+        for (int64_t i = i0; i < i0 + rows; ++i) memset(row(b, h, i) + j0, 0, sizeof(float) * static_cast<size_t>(keys));
+    }
+    void open_columns(int64_t b, int64_t h, int64_t j0, int64_t keys) const {
+        if (by_column_) memset(sums(b, h) + j0, 0, sizeof(float) * static_cast<size_t>(keys));
+    }
+
+    // Adds a strip of dS [rows][kPanel]; row sums go to `rows_out` until it is this block's turn.
+    void add(int64_t b, int64_t h, int64_t i0, int64_t j0, int rows, const float* ds, float* rows_out) const {
+        const int64_t keys = least<int64_t>(kPanel, p_.Lk() - j0);
+        if (by_column_) {
+            Vec first = vzero(), second = vzero();
+            for (int r = 0; r < rows; ++r) {
+                first = vadd(first, vload(ds + r * kPanel));
+                second = vadd(second, vload(ds + r * kPanel + W));
+            }
+            add_to(sums(b, h) + j0, first, second, keys);
+        }
+        for (int r = 0; r < rows; ++r) {
+            const Vec first = vload(ds + r * kPanel), second = vload(ds + r * kPanel + W);
+            if (dense_) add_to(row(b, h, i0 + r) + j0, first, second, keys);
+            if (by_row_) rows_out[r] += vsum(vadd(first, second));
+        }
+    }
+
+    void add_rows(int64_t b, int64_t h, int64_t i0, int64_t rows, const float* added, bool first) const {
+        float* out = sums(b, h) + i0;
+        for (int64_t r = 0; r < rows; ++r) out[r] = first ? added[r] : out[r] + added[r];
+    }
+    void zero_rows(int64_t b, int64_t h, int64_t i0, int64_t rows) const {
+        memset(sums(b, h) + i0, 0, sizeof(float) * static_cast<size_t>(rows));
+    }
+
+    // Adds up what the heads have found.
+    void finish() const {
+        if (!length_) return;
+        float* out = reinterpret_cast<float*>(d_.data);
+        const bool all_b = d_.size[0] == 1, all_h = d_.size[1] == 1, all_rows = by_row_ && d_.size[2] == 1;
+        const int64_t count = all_rows ? 1 : length_, inner = all_rows ? length_ : 1;
+        for (int64_t b = 0; b < d_.size[0]; ++b) {
+            for (int64_t h = 0; h < d_.size[1]; ++h) {
+                for (int64_t x = 0; x < count; ++x) {
+                    double total = 0;
+                    for (int64_t bb = b; bb < (all_b ? p_.B() : b + 1); ++bb) {
+                        for (int64_t hh = h; hh < (all_h ? p_.Hq() : h + 1); ++hh) {
+                            for (int64_t i = x; i < x + inner; ++i) total += static_cast<double>(sums(bb, hh)[i]);
+                        }
+                    }
+                    *out++ = static_cast<float>(total);
+                }
+            }
+        }
+    }
+
+   private:
+    float* row(int64_t b, int64_t h, int64_t i) const { return reinterpret_cast<float*>(d_.row(b, h, i)); }
+    float* sums(int64_t b, int64_t h) const { return sums_.as<float>() + (b * p_.Hq() + h) * length_; }
+    static void add_to(float* out, Vec first, Vec second, int64_t keys) {
+        if (keys == kPanel) {
+            vstore(out, vadd(vload(out), first));
+            vstore(out + W, vadd(vload(out + W), second));
+            return;
+        }
+        float wide[kPanel];
+        vstore(wide, first);
+        vstore(wide + W, second);
+        for (int64_t c = 0; c < keys; ++c) out[c] += wide[c];
+    }
+
+    const SoftmaxParams& p_;
+    const TensorView d_;
+    const bool by_row_, by_column_, dense_;
+    const int64_t length_;
+    const Scratch sums_;
+};
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

@@ -1,0 +1,244 @@
+// A block of queries against a block of keys: weights P and score gradients dS, one panel of keys at a time, and the
+// five products of the backward pass.
+#pragma once
+#include <string.h>
+
+#include "fastattn/tile_plan.h"
+#include "pack.h"
+#include "philox.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+constexpr int kStrip = 4 * kTileRows;  // rows whose scores are made and used up while in the first-level cache
+constexpr int64_t kMaxKeys = 256;      // keys of a block at most
+constexpr int kMaxPanels = static_cast<int>(kMaxKeys) / kPanel;
+
+// Sizes of a call in elements, units, and blocks. They depend on the shape alone: so do all sums.
+template <class Math>
+struct BackwardSizes {
+    static constexpr int kQueries = 64 * Math::kPair;    // of a block
+    static constexpr int kUnits = kPanel / Math::kPair;  // of a panel of keys
+    static constexpr int kGroups = (kQueries + kTileRows - 1) / kTileRows;
+    static_assert(kGroups <= 32 && kTileRows % 2 == 0 && kQueries % W == 0, "");
+
+    int64_t D, Dv, d_units, dv_units, ld_q, ld_o;  // ld_q, ld_o: units of a row of q and dout
+    int64_t d_vecs, dv_vecs, ld_d, ld_dv;          // ld_d, ld_dv: floats of a row of sums
+    int64_t keys, key_units, panels, q_blocks, k_blocks;
+
+    explicit BackwardSizes(const SoftmaxParams& p)
+        : D(p.D()),
+          Dv(p.Dv()),
+          d_units(units<Math>(D)),
+          dv_units(units<Math>(Dv)),
+          ld_q(round_up(d_units, W)),
+          ld_o(round_up(dv_units, W)),
+          d_vecs(ceil_div(D, W)),
+          dv_vecs(ceil_div(Dv, W)),
+          ld_d(d_vecs * W),
+          ld_dv(dv_vecs * W),
+          keys(block_keys(most(D, Dv), p.Lk())),
+          key_units(keys / Math::kPair),
+          panels(keys / kPanel),
+          q_blocks(ceil_div(p.Lq(), kQueries)),
+          k_blocks(ceil_div(p.Lk(), keys)) {}
+
+    // Packed keys, values and their sums fill half of a second-level cache.
+    static int64_t block_keys(int64_t widest, int64_t Lk) {
+        const int64_t fit = widest <= 64 ? kMaxKeys : widest <= 128 ? 128 : 64;
+        return least(fit, round_up(Lk, 64));
+    }
+};
+
+// What a block of queries and a block of keys share, in the layouts of the products.
+template <class Math>
+struct BackwardBuffers {
+    using Sizes = BackwardSizes<Math>;
+    float *k_columns, *v_columns, *k_rows;   // B operands of Q K^T, dO V^T, dS K
+    float *q, *o, *q_summed, *o_summed;      // A operands of Q K^T, dO V^T; B operands of dS^T Q, P^T dO
+    float *dk, *dv, *dq;                     // sums
+    float *scores, *dweights;                // one strip of S and of dP, then of dS
+    float *weights, *dscores;                // one panel of P and dS, units along queries
+    float* dscores_by_key;                   // all panels of dS, units along keys
+    uint64_t *visible, *keep;                // bits of the query rows for one key tile
+
+    // Null `base`: only counts. Fp32 makes P and dS in place: S and dP need no buffers of their own.
+    float* lay_out(const Sizes& s, float* base) {
+        float* at = base;
+        const auto take = [&at](int64_t n) {
+            float* const start = at;
+            at += round_up(n, 16);
+            return start;
+        };
+        constexpr int64_t rows = Sizes::kQueries;
+        k_columns = take(s.keys * s.d_units);
+        v_columns = take(s.keys * s.dv_units);
+        k_rows = take(s.key_units * s.ld_d);
+        q = take(rows * s.ld_q);
+        o = take(rows * s.ld_o);
+        q_summed = take(rows / Math::kPair * s.ld_d);
+        o_summed = take(rows / Math::kPair * s.ld_dv);
+        dk = take(s.keys * s.ld_d);
+        dv = take(s.keys * s.ld_dv);
+        dq = take(rows * s.ld_d);
+        weights = take(rows / Math::kPair * kPanel);
+        dscores_by_key = take(rows * s.key_units);
+        if constexpr (Math::kPair == 2) {
+            scores = take(kStrip * kPanel);
+            dweights = take(kStrip * kPanel);
+            dscores = take(rows / Math::kPair * kPanel);
+        }
+        visible = reinterpret_cast<uint64_t*>(take(2 * rows));
+        keep = reinterpret_cast<uint64_t*>(take(2 * rows));
+        return at;
+    }
+};
+
+// Which key blocks a block of queries touches, and what it sees of a key tile.
+class BackwardSight {
+   public:
+    enum Cover { kNothing, kPart, kAll };
+
+    BackwardSight(const SoftmaxParams& p, int64_t queries, int64_t keys)
+        : p_(p), sight_(p, Sight::kSeen | Sight::kRows), queries_(queries), keys_(keys), k_blocks_(ceil_div(p.Lk(), keys)) {}
+
+    // The first key block from n on that query block m touches, or the number of key blocks.
+    int64_t next(int64_t b, int64_t h, int64_t m, int64_t n) const {
+        const int64_t rows = sight_.plan.row_start ? kTile : queries_;
+        const int64_t i_end = least((m + 1) * queries_, p_.Lq());
+        int64_t found = k_blocks_;
+        for (int64_t i0 = m * queries_; i0 < i_end; i0 += rows) {
+            const int64_t first = most(most<int64_t>(0, i0 + p_.lo), n * keys_);
+            const int64_t last = least(p_.Lk(), least(i0 + rows, i_end) + p_.hi);
+            if (first >= last) continue;
+            int64_t tile = first / kTile;
+            if (sight_.plan.row_start) {
+                const TileRun* run = find(b, h, i0 / kTile, tile);
+                if (!run) continue;
+                tile = most<int64_t>(tile, run->first);
+            }
+            if (tile * kTile < last) found = least(found, tile * kTile / keys_);
+        }
+        return found;
+    }
+
+    // Bits of key tile `tile` that the rows from i0 on see; they are written only where the answer is kPart, or `always`.
+    Cover look(int64_t b, int64_t h, int64_t i0, int rows, int64_t tile, bool always, uint64_t* bits) const {
+        const int64_t j0 = tile * kTile, j1 = least(j0 + kTile, p_.Lk()), i1 = i0 + rows;
+        if (j0 > i1 - 1 + p_.hi || j1 - 1 < i0 + p_.lo) return kNothing;
+        bool whole = j1 - j0 == kTile && j0 - (i1 - 1) >= p_.lo && j1 - 1 - i0 <= p_.hi, nothing = true;
+        const uint64_t* words[2] = {nullptr, nullptr};
+        bool hole[2] = {false, false};
+        if (sight_.plan.row_start) {
+            for (int64_t t = 0; t * kTile < rows; ++t) {
+                const TileRun* run = find(b, h, i0 / kTile + t, tile);
+                hole[t] = !run || run->first > tile;
+                if (!hole[t] && run->bits >= 0) words[t] = sight_.plan.words + run->bits;
+                nothing &= hole[t];
+                whole &= !hole[t] && !words[t];
+            }
+            if (nothing) return kNothing;
+        }
+        if (whole && !always) return kAll;
+        for (int r = 0; r < rows; ++r) {
+            const uint64_t band = hole[r / kTile] ? 0 : band_word(p_.lo, p_.hi, p_.Lk(), i0 + r, tile);
+            bits[r] = words[r / kTile] ? band & words[r / kTile][r % kTile] : band;
+        }
+        return whole ? kAll : kPart;
+    }
+
+    // Rows of k or v; keys nobody sees are read as zeros.
+    Source keys(const TensorView& t, int64_t b, int64_t hk) const {
+        Source s = source_of(t, b, hk);
+        s.first = sight_.first;
+        s.last = least(sight_.last, p_.Lk());
+        if (sight_.seen) s.seen = sight_.seen + (b * p_.Hk() + hk) * sight_.words;
+        return s;
+    }
+
+   private:
+    // The first run of a query tile that ends after key tile `tile`.
+    const TileRun* find(int64_t b, int64_t h, int64_t q_tile, int64_t tile) const {
+        const int64_t* start = sight_.plan.row_start + sight_.plan.slice(b, h) * sight_.plan.q_tiles + q_tile;
+        int64_t low = start[0], high = start[1];
+        while (low < high) {
+            const int64_t middle = (low + high) / 2;
+            const TileRun& run = sight_.plan.rows[middle];
+            if (run.first + run.count > tile) {
+                high = middle;
+            } else {
+                low = middle + 1;
+            }
+        }
+        return low < start[1] ? sight_.plan.rows + low : nullptr;
+    }
+
+    const SoftmaxParams& p_;
+    const Sight sight_;
+    const int64_t queries_, keys_, k_blocks_;
+};
+
+// Rows of S and dP that become P and dS.
+struct Strip {
+    float *scores, *dweights;       // [rows][kPanel]; dweights receives dS where it is not the output itself
+    const float *lse, *delta;       // [rows]
+    const uint64_t *visible, *keep; // [rows]
+    int shift;                      // the panel's first key in those words
+    float *weights, *dscores;       // units along queries
+    float* dscores_by_key;          // units along keys
+};
+
+// P = exp(s * scale - lse), dS = P (dP - delta); both 0 where hidden. Dropout keeps some weights, times keep_factor.
+template <class Math, bool kMasked, bool kDropout>
+inline void weigh(const Strip& x, int rows, float scale, float keep_factor, bool keep_sums) {
+    const Vec scales = vset(scale), factor = vset(keep_factor), log2e = vset(kLog2e);
+    const auto term = [&](int r, int v, Vec& p, Vec& ds) {
+        const int at = r * kPanel + v * W;
+        const Vec z = vmul(vload(x.scores + at), scales);
+        p = exp2_nonpositive<Math::kFastExp>(vmul(vsub(z, vset(x.lse[r])), log2e));
+        Vec dp = vload(x.dweights + at), kept = p;
+        if (kDropout) {
+            const uint32_t keep = static_cast<uint32_t>(x.keep[r] >> (x.shift + v * W));
+            dp = vselect(keep, vmul(dp, factor), vzero());
+            kept = vselect(keep, vmul(p, factor), vzero());
+        }
+        ds = vmul(p, vsub(dp, vset(x.delta[r])));
+        p = kept;
+        if (kMasked) {
+            const uint32_t seen = static_cast<uint32_t>(x.visible[r] >> (x.shift + v * W));
+            p = vselect(seen, p, vzero());
+            ds = vselect(seen, ds, vzero());
+        }
+    };
+    if constexpr (Math::kPair == 1) {
+        for (int r = 0; r < rows; ++r) {
+            for (int v = 0; v < 2; ++v) {
+                Vec p, ds;
+                term(r, v, p, ds);
+                vstore(x.weights + r * kPanel + v * W, p);
+                vstore(x.dscores + r * kPanel + v * W, ds);
+            }
+        }
+    } else {
+#ifdef FASTATTN_HAS_BF16_DOT
+        for (int r = 0; r < rows; r += 2) {
+            Vec p[2][2], ds[2][2];
+            for (int i = 0; i < 2; ++i) {
+                for (int v = 0; v < 2; ++v) term(r + i, v, p[i][v], ds[i][v]);
+            }
+            for (int v = 0; v < 2; ++v) {
+                vstore(x.weights + r / 2 * kPanel + v * W, interleave_bf16(p[0][v], p[1][v]));
+                vstore(x.dscores + r / 2 * kPanel + v * W, interleave_bf16(ds[0][v], ds[1][v]));
+            }
+            for (int i = 0; i < 2; ++i) {
+                vstore(x.dscores_by_key + (r + i) * (kPanel / 2), narrow_bf16(ds[i][0], ds[i][1]));
+                for (int v = 0; keep_sums && v < 2; ++v) vstore(x.dweights + (r + i) * kPanel + v * W, ds[i][v]);
+            }
+        }
+#endif
+    }
+    (void)keep_sums;
+}
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

@@ -1,0 +1,265 @@
+// One panel of query rows against a group of key tiles: scores, online softmax, weighted sum of values.
+#pragma once
+#include <math.h>
+#include <string.h>
+
+#include "fastattn/tile_plan.h"
+#include "pack.h"
+#include "philox.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+constexpr int kRows = 16;                      // query rows of a panel
+constexpr int kSlots = 4;                      // key tiles of a group: its scores stay in the first-level cache
+constexpr int kGroupKeys = kSlots * 64;        // = columns of the score buffer
+constexpr int kTrim = 16;                      // partial tiles are cut to multiples of this
+constexpr int kPanelsPerTile = 64 / kPanel;
+static_assert(kTrim % W == 0 && kRows % W == 0, "");
+
+// Options of a call in the form the inner loops want them.
+struct Terms {
+    const SoftmaxParams& p;
+    Dropout dropout;
+    bool has_dropout;
+    float sign;        // folded into q so that the largest score is the largest logit
+    float factor;      // logits in base 2 are score * factor, or, with bias, logit * factor
+    float scale;       // logit = score * scale (+ bias)
+    bool zero_logits;  // the scale is 0 or underflows: q is packed as zeros, and any factor will do
+
+    explicit Terms(const SoftmaxParams& params) : p(params), dropout(params), has_dropout(params.dropout_p > 0) {
+        const float wanted = static_cast<float>(p.scale);
+        sign = wanted < 0 && !p.bias ? -1.0f : 1.0f;
+        scale = sign * wanted;
+        factor = p.bias ? kLog2e : scale * kLog2e;
+        zero_logits = !p.bias && !(factor > 0);
+        if (zero_logits) factor = kLog2e;
+    }
+};
+
+struct PanelTile {
+    int64_t tile;
+    int c0, c1;              // columns in use, multiples of kTrim
+    bool full;
+    uint64_t bits[kRows];    // visible keys of each row, where not full
+};
+
+// Running state of up to kRows query rows; row r is query i[r] of head[r].
+struct Panel {
+    int rows = 0;
+    int64_t b = 0;
+    int64_t head[kRows], i[kRows];
+    const float* q = nullptr;  // units [rows][ldq]
+    int64_t ldq = 0;
+    float* out = nullptr;      // [rows][ldo], unnormalised
+    int64_t ldo = 0;
+    alignas(64) float top[kRows];    // largest score so far
+    alignas(64) float total[kRows];  // sum of weights so far
+    alignas(64) float decay[kRows];
+    PanelTile tiles[kSlots];
+    int count = 0;
+
+    void reset() {
+        for (int r = 0; r < kRows; ++r) {
+            top[r] = -kInfinity;
+            total[r] = 0.0f;
+        }
+        memset(out, 0, sizeof(float) * static_cast<size_t>(rows * ldo));
+    }
+    // Adds a tile given its bits; a tile nobody sees is left out.
+    void add(int64_t tile) {
+        PanelTile& t = tiles[count];
+        uint64_t any = 0, every = ~uint64_t{0};
+        for (int r = 0; r < rows; ++r) {
+            any |= t.bits[r];
+            every &= t.bits[r];
+        }
+        if (!any) return;
+        t.tile = tile;
+        t.full = every == ~uint64_t{0};
+        t.c0 = __builtin_ctzll(any) / kTrim * kTrim;
+        t.c1 = (63 - __builtin_clzll(any)) / kTrim * kTrim + kTrim;
+        ++count;
+    }
+    void add_full(int64_t tile) {
+        PanelTile& t = tiles[count++];
+        t.tile = tile;
+        t.full = true;
+        t.c0 = 0;
+        t.c1 = 64;
+    }
+};
+
+// scores [rows][kGroupKeys] of the panel's tiles; keys(slot) is the packed K^T of the tile in that slot.
+template <class Math, class Keys>
+inline void score_tiles(const Panel& x, int64_t steps, float* scores, Keys&& keys) {
+    const Segment whole{0, 0, steps};
+    for (int slot = 0; slot < x.count;) {
+        const PanelTile& t = x.tiles[slot];
+        const int first = t.c0 / kPanel, last = (t.c1 + kPanel - 1) / kPanel;
+        int vecs = 2 * (last - first), next = slot + 1;
+        // Neighbours in memory and in the score buffer are one product.
+        while (last == kPanelsPerTile && next < x.count && x.tiles[next].c0 == 0 && x.tiles[next - 1].c1 == 64 &&
+               keys(next) == keys(next - 1) + kPanelsPerTile * kPanel * steps) {
+            vecs += 2 * ((x.tiles[next].c1 + kPanel - 1) / kPanel);
+            ++next;
+        }
+        gemm<Math, Store::kWrite>(x.rows, vecs, {x.q, x.ldq, 1}, &whole, 1, keys(slot) + first * kPanel * steps, steps,
+                                  scores + slot * 64 + first * kPanel, kGroupKeys);
+        slot = next;
+    }
+}
+
+// Scores of one row to logits with bias: z = s * scale + bias.
+inline void add_bias(const Terms& terms, const Panel& x, int r, float* row) {
+    const TensorView& bias = terms.p.bias;
+    const char* source = bias.row(x.b, x.head[r], x.i[r]);
+    const int64_t stride = bias.last_stride(), Lk = terms.p.Lk();
+    const Vec scale = vset(terms.scale);
+    for (int slot = 0; slot < x.count; ++slot) {
+        const PanelTile& t = x.tiles[slot];
+        for (int c = t.c0; c < t.c1; c += W) {
+            const int64_t j = t.tile * 64 + c;
+            const int n = static_cast<int>(most<int64_t>(0, least<int64_t>(W, Lk - j)));
+            const Vec b = stride == 0 ? vset(load_one(source, bias.dtype, 0)) : load_floats(source, bias.dtype, j, stride, n);
+            vstore(row + slot * 64 + c, vfma(vload(row + slot * 64 + c), scale, b));
+        }
+    }
+}
+
+// Hides what the row may not see (-inf) and returns the largest logit of each lane.
+inline Vec mask_and_max(const Panel& x, int r, float* row) {
+    Vec top = vset(-kInfinity), other = top;
+    for (int slot = 0; slot < x.count; ++slot) {
+        const PanelTile& t = x.tiles[slot];
+        float* s = row + slot * 64;
+        if (t.full) {
+            for (int c = t.c0; c < t.c1; c += 2 * W) {
+                top = vmax(vload(s + c), top);
+                other = vmax(vload(s + c + W), other);
+            }
+            continue;
+        }
+        for (int c = t.c0; c < t.c1; c += W) {
+            const Vec z = vselect(static_cast<uint32_t>(t.bits[r] >> c), vload(s + c), vset(-kInfinity));
+            vstore(s + c, z);
+            top = vmax(z, top);
+        }
+    }
+    return vmax(top, other);
+}
+
+// Weights 2^((z - base) * factor) of one row in place as units of the value product; returns their sum by lane.
+template <class Math, bool kDropout>
+inline Vec weigh(const Terms& terms, const Panel& x, int r, float base, float* row) {
+    const Vec b = vset(base), factor = vset(terms.factor), keep_factor = vset(terms.dropout.factor);
+    Vec sum = vzero(), other = vzero();
+    for (int slot = 0; slot < x.count; ++slot) {
+        const PanelTile& t = x.tiles[slot];
+        uint64_t keep = 0;
+        if (kDropout) {
+            const int64_t head = x.b * terms.p.Hq() + x.head[r];
+            keep = keep_word(terms.dropout, head, x.i[r], t.tile);
+        }
+        const auto weight = [&](int c, Vec& total) {
+            const Vec p = exp2_nonpositive<Math::kFastExp>(vmul(vsub(vload(row + slot * 64 + c), b), factor));
+            total = vadd(total, p);
+            return kDropout ? vselect(static_cast<uint32_t>(keep >> c), vmul(p, keep_factor), vzero()) : p;
+        };
+        float* units_out = row + slot * 64 / Math::kPair;
+        for (int c = t.c0; c < t.c1; c += 2 * W) {
+            const bool pair = c + W < t.c1;
+            const Vec first = weight(c, sum);
+            const Vec second = pair ? weight(c + W, other) : vzero();
+            if constexpr (Math::kPair == 1) {
+                vstore(units_out + c, first);
+                if (pair) vstore(units_out + c + W, second);
+            } else {
+#ifdef FASTATTN_HAS_BF16_DOT
+                vstore(units_out + c / 2, narrow_bf16(first, second));
+#endif
+            }
+        }
+    }
+    return vadd(sum, other);
+}
+
+// One step of the online softmax: scores become weights, top / total / decay move on.
+template <class Math>
+inline void softmax_step(const Terms& terms, Panel& x, float* scores) {
+    alignas(64) float base[kRows];
+    const Vec minus_inf = vset(-kInfinity), factor = vset(terms.factor);
+    Vec lanes_by_row[kRows];
+    for (int r = 0; r < kRows; ++r) {
+        float* row = scores + r * kGroupKeys;
+        if (r < x.rows && terms.p.bias) add_bias(terms, x, r, row);
+        lanes_by_row[r] = r < x.rows ? mask_and_max(x, r, row) : minus_inf;
+    }
+    for (int g = 0; g < kRows; g += W) {
+        transpose(lanes_by_row + g);
+        Vec top = vload(x.top + g);
+        const Vec before = top;
+        for (int r = 0; r < W; ++r) top = vmax(lanes_by_row[g + r], top);
+        const Vec safe = vselect(vnot_equal(top, minus_inf), top, vzero());
+        vstore(x.top + g, top);
+        vstore(base + g, safe);
+        vstore(x.decay + g, exp2_nonpositive<false>(vmul(vsub(before, safe), factor)));
+    }
+    for (int r = 0; r < kRows; ++r) {
+        float* row = scores + r * kGroupKeys;
+        if (r >= x.rows) {
+            lanes_by_row[r] = vzero();
+        } else if (terms.has_dropout) {
+            lanes_by_row[r] = weigh<Math, true>(terms, x, r, base[r], row);
+        } else {
+            lanes_by_row[r] = weigh<Math, false>(terms, x, r, base[r], row);
+        }
+    }
+    for (int g = 0; g < kRows; g += W) {
+        transpose(lanes_by_row + g);
+        Vec sum = lanes_by_row[g];
+        for (int r = 1; r < W; ++r) sum = vadd(sum, lanes_by_row[g + r]);
+        vstore(x.total + g, vfma(vload(x.total + g), vload(x.decay + g), sum));
+    }
+}
+
+// out = decay * out + weights * values; at(slot) is the first step of that slot's tile in the packed values.
+template <class Math, class At>
+inline void add_values(const Panel& x, const float* weights, const float* values, int64_t steps, int64_t vecs, At&& at) {
+    Segment segments[kSlots];
+    int count = 0;
+    for (int slot = 0; slot < x.count; ++slot) {
+        const PanelTile& t = x.tiles[slot];
+        const Segment s{(slot * 64 + t.c0) / Math::kPair, at(slot) + t.c0 / Math::kPair, (t.c1 - t.c0) / Math::kPair};
+        Segment* last = count ? segments + count - 1 : nullptr;
+        if (last && last->a_at + last->steps == s.a_at && last->b_at + last->steps == s.b_at) {
+            last->steps += s.steps;
+        } else {
+            segments[count++] = s;
+        }
+    }
+    gemm<Math, Store::kRescale>(x.rows, static_cast<int>(vecs), {weights, kGroupKeys, 1}, segments, count, values, steps,
+                                x.out, x.ldo, x.decay);
+}
+
+// Natural log of the sum of exp over the row; -inf where it sees nothing.
+inline float log_total(const Terms& terms, float top, float total) {
+    if (top == -kInfinity) return -kInfinity;
+    const float largest = terms.zero_logits ? 0.0f : terms.p.bias ? top : top * terms.scale;
+    return largest + logf(total);
+}
+
+// Writes out / total and lse of row r.
+inline void finish_row(const Terms& terms, const Panel& x, int r, float top, float total, const float* out) {
+    const SoftmaxParams& p = terms.p;
+    const Vec inverse = vset(top == -kInfinity ? 0.0f : 1.0f / total);
+    char* target = p.out.row(x.b, x.head[r], x.i[r]);
+    for (int64_t c = 0; c < p.Dv(); c += W) {
+        const int n = static_cast<int>(least<int64_t>(W, p.Dv() - c));
+        store_floats(target, p.out.dtype, c, p.out.stride[3], vmul(vload(out + c), inverse), n);
+    }
+    p.lse[(x.b * p.Hq() + x.head[r]) * p.Lq() + x.i[r]] = log_total(terms, top, total);
+}
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

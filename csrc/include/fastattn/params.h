@@ -1,0 +1,69 @@
+// What a kernel is asked to do: plain structs, no torch and no Python.
+#pragma once
+#include <cstdint>
+
+// Shared inline functions are compiled once per ISA; inlined always, no copy for one ISA can serve another.
+#define FASTATTN_INLINE inline __attribute__((always_inline))
+
+namespace fastattn {
+
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kBool = 3 };
+
+FASTATTN_INLINE int64_t element_size(DType dtype) {
+    return dtype == DType::kFloat32 ? 4 : dtype == DType::kBool ? 1 : 2;
+}
+
+// Four dimensions; strides in elements. A broadcast dimension has size 1 or stride 0.
+struct TensorView {
+    char* data = nullptr;
+    int64_t size[4] = {0, 0, 0, 0};
+    int64_t stride[4] = {0, 0, 0, 0};
+    DType dtype = DType::kFloat32;
+
+    FASTATTN_INLINE explicit operator bool() const { return data != nullptr; }
+    // Address of [b, h, i, 0], where dimensions of size 1 are read at 0.
+    FASTATTN_INLINE char* row(int64_t b, int64_t h, int64_t i) const {
+        const int64_t at = (size[0] == 1 ? 0 : b * stride[0]) + (size[1] == 1 ? 0 : h * stride[1]) +
+                           (size[2] == 1 ? 0 : i * stride[2]);
+        return data + at * element_size(dtype);
+    }
+    FASTATTN_INLINE int64_t last_stride() const { return size[3] == 1 ? 0 : stride[3]; }
+};
+
+constexpr int64_t kUnbounded = int64_t{1} << 62;
+
+struct SoftmaxParams {
+    TensorView q;     // [B, Hq, Lq, D]
+    TensorView k;     // [B, Hk, Lk, D]
+    TensorView v;     // [B, Hk, Lk, Dv]
+    TensorView mask;  // bool [B|1, Hq|1, Lq|1, Lk|1], optional
+    TensorView bias;  // float [B|1, Hq|1, Lq|1, Lk|1], optional
+    TensorView out;   // [B, Hq, Lq, Dv]
+    float* lse;       // [B, Hq, Lq]
+
+    double scale;
+    int64_t lo, hi;  // key j is visible to query i only if lo <= j - i <= hi; +-kUnbounded
+    double dropout_p;
+    uint64_t seed, offset;
+    int threads;
+
+    FASTATTN_INLINE int64_t B() const { return q.size[0]; }
+    FASTATTN_INLINE int64_t Hq() const { return q.size[1]; }
+    FASTATTN_INLINE int64_t Lq() const { return q.size[2]; }
+    FASTATTN_INLINE int64_t D() const { return q.size[3]; }
+    FASTATTN_INLINE int64_t Hk() const { return k.size[1]; }
+    FASTATTN_INLINE int64_t Lk() const { return k.size[2]; }
+    FASTATTN_INLINE int64_t Dv() const { return v.size[3]; }
+    FASTATTN_INLINE int64_t group() const { return Hq() / Hk(); }
+};
+
+struct SoftmaxGradients {
+    TensorView dout;    // [B, Hq, Lq, Dv]
+    const float* dlse;  // [B, Hq, Lq], optional
+    TensorView dq;      // [B, Hq, Lq, D], optional
+    TensorView dk;      // [B, Hk, Lk, D], optional
+    TensorView dv;      // [B, Hk, Lk, Dv], optional
+    TensorView dbias;   // float32, contiguous, the shape of bias, optional
+};
+
+}  // namespace fastattn

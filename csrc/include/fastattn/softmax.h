@@ -1,0 +1,25 @@
+// Entry points of softmax attention. The ISA namespaces hold the same source compiled with different flags.
+#pragma once
+#include "fastattn/isa.h"
+#include "fastattn/params.h"
+
+namespace fastattn {
+
+// Rows of one key-value head (queries x group) up to which keys are split instead of queries.
+constexpr int64_t kDecodeRows = 64;
+FASTATTN_INLINE bool is_decode(int64_t Lq, int64_t group, int64_t Lk) {
+    return Lq <= 16 && Lq * group <= kDecodeRows && Lk > 0;
+}
+
+#define FASTATTN_DECLARE_SOFTMAX(isa)                                                   \
+    namespace isa {                                                                     \
+    void softmax_forward(const SoftmaxParams& p);                                       \
+    void softmax_backward(const SoftmaxParams& p, const SoftmaxGradients& g);           \
+    }
+FASTATTN_FOR_EACH_ISA(FASTATTN_DECLARE_SOFTMAX)
+#undef FASTATTN_DECLARE_SOFTMAX
+
+void softmax_forward(const SoftmaxParams& p);
+void softmax_backward(const SoftmaxParams& p, const SoftmaxGradients& g);
+
+}  // namespace fastattn

@@ -1,0 +1,54 @@
+"""Registration of torch.library ops, and the batching helpers their vmap rules share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from .flops import register_flops
+
+LIBRARY = torch.library.Library("fastattn", "DEF")
+
+
+def register(name: str, schema: str, impl: Callable, fake: Callable, vmap: Callable, flops: Callable) -> Any:
+    """Defines fastattn::name for every device and returns the op overload to call."""
+    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
+    qualified = f"fastattn::{name}"
+    torch.library.register_fake(qualified, fake, lib=LIBRARY)
+    torch.library.register_vmap(qualified, vmap, lib=LIBRARY)
+    packet = getattr(torch.ops.fastattn, name)
+    register_flops(packet, flops)
+    return packet.default
+
+
+def fold_batch(t: Optional[Tensor], dim: Optional[int], V: int, B: int) -> Optional[Tensor]:
+    """[.., V at dim, ..] or an unbatched tensor -> [V * B, ...]; a batch of 1 is expanded to B."""
+    if t is None:
+        return None
+    t = t.expand(V, *t.shape) if dim is None else t.movedim(dim, 0)
+    if t.shape[1] != B:
+        t = t.expand(V, B, *t.shape[2:])
+    return t.reshape(V * B, *t.shape[2:])
+
+
+def vmap_by_loop(op: Callable, info, in_dims, args: tuple) -> tuple[tuple, tuple]:
+    """One call per vmapped element: for random ops, whose bits depend on the position in the batch."""
+    calls = []
+    for index in range(info.batch_size):
+        picked = [a if dim is None else a.select(dim, index) for a, dim in zip(args, in_dims)]
+        calls.append(op(*picked))
+    outputs = tuple(torch.stack(results) for results in zip(*calls))
+    return outputs, (0,) * len(outputs)
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Casts floating tensors to the autocast dtype of their device where autocast is on, as torch's own sdpa does."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)

@@ -1,0 +1,71 @@
+"""Backend "native": the C++ kernels of fastattn._C on CPU tensors."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from ..params import SoftmaxCall, SoftmaxParams, accumulate_dtype, empty_like_layout
+
+_C: ModuleType | None
+try:
+    import fastattn._C as _C  # type: ignore[no-redef]
+
+    _missing = None
+except ImportError as error:
+    _C = None
+    _missing = (
+        f"the native library is not built ({error}); install a C++17 compiler, then in the source tree: "
+        "FASTATTN_BUILD=cpu pip install --force-reinstall --no-deps ."
+    )
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def status() -> str | None:
+    return _missing
+
+
+def why_not(call: SoftmaxCall) -> list[str]:
+    if _missing is not None:
+        return [_missing]
+    q = call.q
+    reasons = []
+    if q.device.type != "cpu":
+        reasons.append(f"it runs on CPU tensors, these are on {q.device.type}")
+    if q.dtype not in DTYPES:
+        reasons.append(f"dtype {q.dtype} is not float32, bfloat16 or float16")
+    if q.shape[3] > 512 or call.v.shape[3] > 512:
+        reasons.append(f"head dimension {max(q.shape[3], call.v.shape[3])} is over 512")
+    return reasons
+
+
+def describe(call: SoftmaxCall) -> str:
+    assert _C is not None
+    q, k = call.q, call.k
+    few_rows = _C.is_decode(q.shape[2], q.shape[1] // max(k.shape[1], 1), k.shape[2])
+    return f"{_C.isa()} {'split-key decode' if few_rows else 'tiled'}, {torch.get_num_threads()} threads"
+
+
+def softmax_forward(q, k, v, mask, bias, rng, params: SoftmaxParams):
+    assert _C is not None
+    out = empty_like_layout(q, v.shape[3])
+    lse = q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
+    lo, hi = params.band(q.shape[2], k.shape[2])
+    _C.softmax_forward(
+        q, k, v, mask, bias, rng, out, lse, params.scale, lo, hi, params.dropout_p, torch.get_num_threads()
+    )
+    return out, lse
+
+
+def softmax_backward(dout, dlse, q, k, v, mask, bias, rng, out, lse, params: SoftmaxParams, needs):
+    assert _C is not None
+    dq, dk, dv = (empty_like_layout(t, t.shape[3]) if need else None for t, need in zip((q, k, v), needs))
+    dbias = bias.new_empty(bias.shape, dtype=torch.float32) if needs[3] else None
+    lo, hi = params.band(q.shape[2], k.shape[2])
+    _C.softmax_backward(
+        dout, dlse, q, k, v, mask, bias, rng, out, lse, dq, dk, dv, dbias,
+        params.scale, lo, hi, params.dropout_p, torch.get_num_threads(),
+    )  # fmt: skip
+    return dq, dk, dv, None if dbias is None else dbias.to(bias.dtype)

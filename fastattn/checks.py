@@ -1,0 +1,136 @@
+"""Argument checks shared by the public functions. Each error names the argument, the shapes, and the way out."""
+
+from __future__ import annotations
+
+import math
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from .params import CAUSAL_BOTTOM_RIGHT, CAUSAL_NONE, CAUSAL_TOP_LEFT
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+Window = Optional[tuple[Optional[int], Optional[int]]]
+
+
+def shapes(**tensors: Tensor) -> str:
+    return ", ".join(f"{name} {list(t.shape)}" for name, t in tensors.items())
+
+
+def qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q [B, Hq, Lq, D], k [B, Hk, Lk, D], v [B, Hk, Lk, Dv], one dtype, one device, Hq a multiple of Hk."""
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+        if t.layout != torch.strided or t.is_nested:
+            raise TypeError(f"{name} must be a dense strided tensor, got layout {t.layout}; convert it with .to_dense()")
+        if t.dim() != 4:
+            raise ValueError(
+                f"{name} must have 4 dimensions [batch, heads, length, head_dim], got {name} {list(t.shape)}; "
+                "add the missing ones with unsqueeze (fastattn.scaled_dot_product_attention takes 2 to 5)"
+            )
+    if q.dtype != k.dtype or q.dtype != v.dtype:
+        raise TypeError(
+            f"q, k and v must share one dtype, got q {q.dtype}, k {k.dtype}, v {v.dtype}; cast them or use autocast"
+        )
+    if q.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"q, k, v dtype {q.dtype} is not supported; use float32, bfloat16, float16 or float64")
+    if q.device != k.device or q.device != v.device:
+        raise ValueError(f"q, k and v must be on one device, got q {q.device}, k {k.device}, v {v.device}")
+    B, Hq, _, D = q.shape
+    Bk, Hk, Lk, Dk = k.shape
+    Bv, Hv, Lv, _ = v.shape
+    if B != Bk or B != Bv:
+        raise ValueError(f"batch sizes differ: {shapes(q=q, k=k, v=v)}; expand the smaller one")
+    if Hk != Hv:
+        raise ValueError(f"k and v must have the same number of heads: {shapes(k=k, v=v)}")
+    if Lk != Lv:
+        raise ValueError(f"k and v must have the same length: {shapes(k=k, v=v)}")
+    if D != Dk:
+        raise ValueError(f"q and k must have the same head dimension: {shapes(q=q, k=k)}")
+    if (Hk == 0) != (Hq == 0) or (Hk != 0 and Hq % Hk != 0):
+        raise ValueError(
+            f"the {Hq} heads of q must be a multiple of the {Hk} heads of k and v (grouped queries): {shapes(q=q, k=k)}"
+        )
+
+
+def broadcastable(name: str, t: Tensor, target: tuple[int, ...], device: torch.device) -> Tensor:
+    """t with leading 1s added up to four dimensions, each 1 or that of target [B, Hq, Lq, Lk]."""
+    if t.layout != torch.strided or t.is_nested:
+        raise TypeError(f"{name} must be a dense strided tensor, got layout {t.layout}")
+    if t.device != device:
+        raise ValueError(f"{name} is on {t.device} but q is on {device}; move it with .to(q.device)")
+    if t.dim() > 4:
+        raise ValueError(f"{name} {list(t.shape)} has more than 4 dimensions; it must broadcast to {list(target)}")
+    full = t[(None,) * (4 - t.dim())] if t.dim() < 4 else t
+    for size, wanted in zip(full.shape, target):
+        if size != wanted and size != 1:
+            raise ValueError(
+                f"{name} {list(t.shape)} does not broadcast to [B, Hq, Lq, Lk] = {list(target)}: "
+                "each dimension must be 1 or equal"
+            )
+    return full
+
+
+def bool_mask(mask: Tensor, target: tuple[int, ...], device: torch.device) -> Tensor:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a bool tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"mask must be a bool tensor (True = visible), got {mask.dtype} {list(mask.shape)}; "
+            "pass additive float masks as bias="
+        )
+    return broadcastable("mask", mask, target, device)
+
+
+def float_bias(bias: Tensor, q: Tensor, target: tuple[int, ...]) -> Tensor:
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"bias must be a float tensor, got {type(bias).__name__}")
+    if bias.dtype != q.dtype and not (bias.dtype == torch.float32 and q.dtype != torch.float64):
+        raise TypeError(
+            f"bias must have the dtype of q ({q.dtype}) or float32, got {bias.dtype} {list(bias.shape)}; "
+            "pass bool masks as mask="
+        )
+    return broadcastable("bias", bias, target, q.device)
+
+
+def causal_mode(causal) -> str:
+    if causal is False or causal is None:
+        return CAUSAL_NONE
+    if causal is True:
+        return CAUSAL_BOTTOM_RIGHT
+    if causal in (CAUSAL_TOP_LEFT, CAUSAL_BOTTOM_RIGHT):
+        return causal
+    raise ValueError(f'causal must be False, True, "top_left" or "bottom_right", got {causal!r}')
+
+
+def window_sides(window: Window) -> tuple[Optional[int], Optional[int]]:
+    if window is None:
+        return None, None
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"window must be (left, right), each an int >= 0 or None for unbounded, got {window!r}")
+    for side in window:
+        if side is not None and (isinstance(side, bool) or not isinstance(side, int)):
+            raise TypeError(f"window sides must be ints or None, got {window!r}")
+        if side is not None and side < 0:
+            raise ValueError(f"window sides must be >= 0 or None for unbounded, got {window!r}")
+    return window[0], window[1]
+
+
+def probability(p) -> float:
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
+        raise TypeError(f"dropout_p must be a float in [0, 1], got {p!r}")
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"dropout_p must be a float in [0, 1], got {p!r}")
+    return float(p)
+
+
+def scale_value(scale, D: int) -> float:
+    if scale is None:
+        return D**-0.5 if D > 0 else 1.0
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a float, got {type(scale).__name__} {scale!r}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale!r}")
+    return float(scale)

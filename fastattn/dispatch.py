@@ -1,0 +1,110 @@
+"""Chooses the backend of a call, and says why. The only place where an order of backends exists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+from .backends import eager, native, reference, triton
+from .params import SoftmaxCall
+
+BACKENDS: dict[str, ModuleType] = {"native": native, "triton": triton, "eager": eager, "reference": reference}
+ORDER = {
+    "cpu": ("native", "eager", "reference", "triton"),
+    "cuda": ("native", "triton", "eager", "reference"),
+}
+OTHER_DEVICES = ("eager", "reference", "native", "triton")
+
+
+class UnsupportedError(RuntimeError):
+    """No backend takes the call; the message lists every backend's reasons."""
+
+
+def _order(call: SoftmaxCall) -> tuple[str, ...]:
+    return ORDER.get(call.q.device.type, OTHER_DEVICES)
+
+
+def _by_default(name: str, call: SoftmaxCall) -> list[str]:
+    """Reasons not to pick a backend unless it is asked for by name (kernels never run on hardware)."""
+    opt_in = getattr(BACKENDS[name], "why_not_by_default", None)
+    return [] if opt_in is None else opt_in(call)
+
+
+def select(call: SoftmaxCall, backend: str = "auto") -> str:
+    """Name of the backend that runs the call. An explicit backend never falls back."""
+    if backend == "auto":
+        for name in _order(call):
+            if not BACKENDS[name].why_not(call) and not _by_default(name, call):
+                return name
+        raise UnsupportedError(f"no backend takes this call\n{explain(call)}")
+    if backend not in BACKENDS:
+        raise ValueError(f'backend must be "auto" or one of {", ".join(map(repr, BACKENDS))}, got {backend!r}')
+    reasons = BACKENDS[backend].why_not(call)
+    if reasons:
+        raise UnsupportedError(
+            f"backend={backend!r} does not take this call: {'; '.join(reasons)}\n"
+            f'Use backend="auto", or see all reasons:\n{explain(call)}'
+        )
+    return backend
+
+
+@dataclass(frozen=True)
+class Row:
+    """One backend's answer."""
+
+    backend: str
+    chosen: bool
+    reasons: tuple[str, ...]
+    kernel: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend a call runs on, and why the others do not. Prints as a table."""
+
+    op: str
+    call: str
+    rows: tuple[Row, ...]
+
+    @property
+    def chosen(self) -> str | None:
+        return next((row.backend for row in self.rows if row.chosen), None)
+
+    @property
+    def kernel(self) -> str | None:
+        return next((row.kernel for row in self.rows if row.chosen), None)
+
+    def __str__(self) -> str:
+        lines = [f"{self.op} attention: {self.call}"]
+        for row in self.rows:
+            mark, note = ("->", row.kernel) if row.chosen else ("  ", "; ".join(row.reasons) or f"could run: {row.kernel}")
+            lines.append(f"{mark} {row.backend:<10} {note}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def explain(call: SoftmaxCall, backend: str = "auto") -> Explanation:
+    """The table behind `select`: every backend with its reasons, in order."""
+    rows = []
+    chosen = None
+    for name in _order(call):
+        reasons = tuple(BACKENDS[name].why_not(call))
+        if backend == "auto" and not reasons:
+            reasons = tuple(_by_default(name, call))
+        takes = not reasons and chosen is None and backend in ("auto", name)
+        chosen = name if takes else chosen
+        kernel = BACKENDS[name].describe(call) if not BACKENDS[name].why_not(call) else ""
+        rows.append(Row(name, takes, reasons, kernel))
+    q, k, v, mask, bias, params, needs_grad = call
+    options = [f"q {list(q.shape)}", f"k {list(k.shape)}", f"v {list(v.shape)}", str(q.dtype).removeprefix("torch.")]
+    options.append(str(q.device))
+    if params.causal != "none":
+        options.append(f"causal {params.causal}")
+    if params.window_left is not None or params.window_right is not None:
+        options.append(f"window ({params.window_left}, {params.window_right})")
+    options += [f"{name} {list(t.shape)}" for name, t in (("mask", mask), ("bias", bias)) if t is not None]
+    if params.dropout_p:
+        options.append(f"dropout {params.dropout_p}")
+    options.append("with gradient" if needs_grad else "no gradient")
+    return Explanation(call.op, ", ".join(options), tuple(rows))

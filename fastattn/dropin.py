@@ -1,0 +1,213 @@
+"""`fastattn.scaled_dot_product_attention` and the opt-in patch that puts it in torch's place."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from .checks import shapes
+from .ops.softmax import attention
+
+_torch_sdpa: Callable = F.scaled_dot_product_attention
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Optional[Tensor] = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: Optional[float] = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention` with the same arguments and meaning, on fastattn's kernels.
+
+    query [..., Hq, Lq, D], key [..., Hk, Lk, D], value [..., Hk, Lk, Dv], two to five dimensions, batch dimensions
+    broadcast. attn_mask broadcasts to [..., Hq, Lq, Lk]: bool (True takes part) or float (added; dtype of query or
+    float32; differentiable). is_causal is aligned top-left, as in torch. With enable_gqa, Hq may be a multiple of Hk.
+
+    Raises RuntimeError with the shapes where the arguments do not fit; attn_mask together with is_causal is refused:
+    `fastattn.attention(mask=..., causal=...)` combines them.
+    """
+    return _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, "auto")
+
+
+def _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend) -> Tensor:
+    if has_torch_function((query, key, value)):
+        return handle_torch_function(
+            scaled_dot_product_attention, (query, key, value), query, key, value, attn_mask, dropout_p, is_causal,
+            scale=scale, enable_gqa=enable_gqa,
+        )  # fmt: skip
+    if query.is_nested:
+        # Ragged batches are torch's own; fastattn takes them packed, not nested.
+        return _torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    lead, q, k, v = _four_dimensions(query, key, value)
+    mask, bias = _split_mask(attn_mask, query, key, lead)
+    causal = "top_left" if is_causal else False
+    out = attention(
+        q, k, v, mask=mask, bias=bias, causal=causal, dropout_p=dropout_p, scale=scale, backend=backend
+    )
+    return out if query.dim() == 4 and len(lead) == 1 else out.reshape(*lead, *_head(query, key, value), *out.shape[2:])
+
+
+def _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) -> None:
+    sizes = shapes(query=query, key=key, value=value)
+    ranks = {query.dim(), key.dim(), value.dim()}
+    if min(ranks) < 2 or max(ranks) > 5:
+        raise RuntimeError(f"query, key and value must have 2 to 5 dimensions: {sizes}")
+    if query.dtype != key.dtype or query.dtype != value.dtype:
+        if not torch.is_autocast_enabled(query.device.type):
+            raise RuntimeError(
+                f"query, key and value must share one dtype: {query.dtype}, {key.dtype}, {value.dtype} ({sizes})"
+            )
+    if not query.is_floating_point():
+        raise RuntimeError(f"query, key and value must be floating point, got {query.dtype} ({sizes})")
+    if query.device != key.device or query.device != value.device:
+        raise RuntimeError(f"query, key and value must be on one device: {query.device}, {key.device}, {value.device}")
+    if query.shape[-1] != key.shape[-1]:
+        raise RuntimeError(f"query and key must have the same last dimension: {sizes}")
+    if key.shape[-2] != value.shape[-2]:
+        raise RuntimeError(f"key and value must have the same length: {sizes}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p!r}")
+    if attn_mask is not None and is_causal:
+        raise RuntimeError(
+            "attn_mask and is_causal are both set; combine them with fastattn.attention(mask=..., causal='top_left')"
+        )
+    if enable_gqa:
+        if min(ranks) < 3:
+            raise RuntimeError(f"enable_gqa needs a head dimension: {sizes}")
+        Hq, Hk, Hv = query.shape[-3], key.shape[-3], value.shape[-3]
+        if Hk != Hv or (Hk == 0) != (Hq == 0) or (Hk and Hq % Hk):
+            raise RuntimeError(f"enable_gqa needs the heads of query to be a multiple of those of key and value: {sizes}")
+
+
+def _head(query, key, value) -> tuple[int, ...]:
+    return (max(t.shape[-3] if t.dim() > 2 else 1 for t in (query, key, value)),) if query.dim() > 2 else ()
+
+
+def _four_dimensions(query, key, value):
+    """(leading batch shape, q, k, v) with q, k, v [batch, heads, L, D]; heads that broadcast stay unexpanded in k, v."""
+    sizes = shapes(query=query, key=key, value=value)
+    rank = max(t.dim() for t in (query, key, value))
+    tensors = [t[(None,) * (max(rank, 3) - t.dim())] if t.dim() < max(rank, 3) else t for t in (query, key, value)]
+    try:
+        lead = torch.broadcast_shapes(*(t.shape[:-3] for t in tensors))
+    except RuntimeError as error:
+        raise RuntimeError(f"batch dimensions of query, key and value do not broadcast: {sizes}") from error
+    Hq, Hk, Hv = (t.shape[-3] for t in tensors)
+    if Hk != Hv:
+        if 1 not in (Hk, Hv):
+            raise RuntimeError(f"key and value must have the same number of heads: {sizes}")
+        Hk = max(Hk, Hv)
+    if Hq == 1 and Hk > 1:
+        Hq = Hk
+    if Hk != Hq and Hk != 1 and (Hk == 0 or Hq % Hk or not sizes):
+        raise RuntimeError(f"heads of query and key do not fit: {sizes}")
+    heads = (Hq, Hk, Hk)
+    full = []
+    for t, H in zip(tensors, heads):
+        shape = (*lead, H, *t.shape[-2:])
+        t = t if t.shape == shape else t.expand(shape)
+        full.append(t.unsqueeze(0) if t.dim() == 3 else t if t.dim() == 4 else t.flatten(0, -4))
+    return lead, *full
+
+
+def _split_mask(attn_mask, query, key, lead):
+    """(mask, bias): the bool or float attn_mask in four dimensions, broadcast only where folding the batch needs it."""
+    if attn_mask is None:
+        return None, None
+    if attn_mask.dtype != torch.bool and attn_mask.dtype not in (query.dtype, torch.float32):
+        if not (torch.is_autocast_enabled(query.device.type) and attn_mask.is_floating_point()):
+            raise RuntimeError(
+                f"attn_mask must be bool, {query.dtype} or float32, got {attn_mask.dtype} {list(attn_mask.shape)}"
+            )
+    if len(lead) > 1 and attn_mask.dim() > 3:
+        attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-3:]).flatten(0, -4)
+    return (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What `enable` changed in torch. Prints as text."""
+
+    active: bool
+    depth: int
+    backend: str
+    patched: tuple[str, ...]
+
+    def __str__(self) -> str:
+        if not self.active:
+            return "fastattn is not patched into torch"
+        changes = "\n".join(f"  {line}" for line in self.patched)
+        return f"fastattn is patched into torch (depth {self.depth}, backend {self.backend!r}):\n{changes}"
+
+    __repr__ = __str__
+
+
+_lock = threading.RLock()
+_stack: list[str] = []
+_fastpath_before = True
+
+
+def _patched_sdpa(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+) -> Tensor:
+    backend = _stack[-1] if _stack else "auto"
+    return _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend)
+
+
+def report() -> PatchReport:
+    """What is patched at this moment."""
+    with _lock:
+        changes = (
+            "torch.nn.functional.scaled_dot_product_attention -> fastattn.scaled_dot_product_attention",
+            "torch.backends.mha fast path -> off (nn.MultiheadAttention then calls the function above)",
+            "not covered: names bound earlier by `from torch.nn.functional import ...`",
+        )
+        active = bool(_stack)
+        return PatchReport(active, len(_stack), _stack[-1] if active else "auto", changes if active else ())
+
+
+def enable(backend: str = "auto") -> PatchReport:
+    """Replaces torch's scaled_dot_product_attention in this process until `disable`. Calls nest."""
+    global _fastpath_before
+    with _lock:
+        if not _stack:
+            _fastpath_before = torch.backends.mha.get_fastpath_enabled()
+            torch.backends.mha.set_fastpath_enabled(False)
+            F.scaled_dot_product_attention = _patched_sdpa
+        _stack.append(backend)
+        return report()
+
+
+def disable() -> PatchReport:
+    """Undoes one `enable`; the last one restores torch's own function."""
+    with _lock:
+        if _stack:
+            _stack.pop()
+            if not _stack:
+                F.scaled_dot_product_attention = _torch_sdpa
+                torch.backends.mha.set_fastpath_enabled(_fastpath_before)
+        return report()
+
+
+@contextmanager
+def patched(backend: str = "auto") -> Iterator[PatchReport]:
+    """`with fastattn.patched():` enable inside, restore outside. The patch is process-wide while any thread is inside."""
+    entered = enable(backend)
+    try:
+        yield entered
+    finally:
+        disable()

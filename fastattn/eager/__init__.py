@@ -1,0 +1,1 @@
+"""Memory-linear pure-PyTorch implementations: any device, any dtype torch multiplies."""

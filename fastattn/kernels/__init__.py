@@ -1,0 +1,1 @@
+"""Triton kernels. setup.py maps the packages of the top-level kernels/ directory into this one."""

@@ -1,0 +1,64 @@
+"""What one call asks for: the only objects that travel from the public function to a backend."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+CAUSAL_NONE, CAUSAL_TOP_LEFT, CAUSAL_BOTTOM_RIGHT = "none", "top_left", "bottom_right"
+
+
+class SoftmaxParams(NamedTuple):
+    """Options of one softmax attention call, normalised (see `fastattn.attention` for their meaning)."""
+
+    scale: float
+    causal: str = CAUSAL_NONE
+    window_left: Optional[int] = None
+    window_right: Optional[int] = None
+    dropout_p: float = 0.0
+
+    def band(self, Lq: int, Lk: int) -> tuple[Optional[int], Optional[int]]:
+        """(lo, hi): key j is visible to query i only if lo <= j - i <= hi; None is unbounded."""
+        shift = Lk - Lq
+        lo = None if self.window_left is None else shift - self.window_left
+        hi = None if self.window_right is None else shift + self.window_right
+        if self.causal != CAUSAL_NONE:
+            diagonal = 0 if self.causal == CAUSAL_TOP_LEFT else shift
+            hi = diagonal if hi is None else min(hi, diagonal)
+        return lo, hi
+
+
+class SoftmaxCall(NamedTuple):
+    """One call as dispatch sees it: tensors, options, and whether a gradient will be asked for."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Optional[Tensor]
+    bias: Optional[Tensor]
+    params: SoftmaxParams
+    needs_grad: bool
+
+    @property
+    def op(self) -> str:
+        return "softmax"
+
+
+def empty_like_layout(q: Tensor, last: int, dtype: Optional[torch.dtype] = None) -> Tensor:
+    """Uninitialised [B, H, L, last] whose dimensions lie in memory in the order of q's (out follows q)."""
+    B, H, L, _ = q.shape
+    stride_b, stride_h, stride_l, _ = q.stride()
+    if stride_b >= stride_h >= stride_l:
+        return q.new_empty((B, H, L, last), dtype=dtype)
+    if stride_b >= stride_l >= stride_h:
+        return q.new_empty((B, L, H, last), dtype=dtype).transpose(1, 2)
+    order = sorted(range(3), key=lambda dim: -q.stride(dim))
+    inverse = [order.index(dim) for dim in range(3)]
+    return q.new_empty([q.shape[dim] for dim in order] + [last], dtype=dtype).permute(*inverse, 3)
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Softmax, lse and all sums are kept in this dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,1 @@
+"""Dense oracles: the definition of what every op means."""

@@ -1,0 +1,1 @@
+"""Softmax attention: forward, backward, and the pure functions that choose their launch."""

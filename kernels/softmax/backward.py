@@ -1,0 +1,340 @@
+"""Softmax attention backward: delta, then dK and dV per key tile and dQ per query tile. No atomics: always the same bits."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..common.dropout import keep_tile
+from ..common.launch import INTERPRETED, arch_of, launch
+from ..common.scores import drop_unseen, finish_scores
+from ..common.tiles import keys_in_reach, load_rows, span, store_rows, tile_start, work_item
+from . import config
+
+LOG2E = tl.constexpr(1.4426950408889634)
+UNSPECIALIZED = ["Hq", "group", "Lq", "Lk", "lo", "hi", "threshold", "n_tiles", "n_heads", "section"]
+
+
+@triton.jit
+def weights(s, lse):
+    """exp(s - lse). It cannot exceed 1; where rounding of huge scores says otherwise, 1 is right. NaN stays NaN."""
+    return tl.exp2(tl.minimum(s - lse, 0.0, propagate_nan=tl.PropagateNan.ALL) * LOG2E)
+
+
+@triton.jit
+def score_gradient(p, dp, delta, visible, HIDES: tl.constexpr):
+    """d loss / d score; a hidden key's dp may be NaN."""
+    ds = p * (dp - delta)
+    return tl.where(visible, ds, 0.0) if HIDES else ds
+
+
+@triton.jit(do_not_specialize=["Hq", "Lq"])
+def row_stats_kernel(out, dout, lse, dlse, stats, out_strides, dout_strides, dlse_strides, Hq, Lq, n_tiles,
+                     DV: tl.constexpr, BM: tl.constexpr, BDV: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """stats fp32 [B * Hq, n_tiles * BM, 2]: lse and delta = rowsum(out * dout) - dlse, both 0 beyond Lq."""
+    i_tile, head = tl.program_id(0) % n_tiles, tl.program_id(0) // n_tiles
+    b, h = (head // Hq).to(tl.int64), (head % Hq).to(tl.int64)
+    row = i_tile * BM + tl.arange(0, BM)
+    out += b * out_strides[0] + h * out_strides[1]
+    dout += b * dout_strides[0] + h * dout_strides[1]
+    b_out = load_rows(out, i_tile * BM, row < Lq, out_strides, DV, BDV, BM, UPCAST).to(tl.float32)
+    b_dout = load_rows(dout, i_tile * BM, row < Lq, dout_strides, DV, BDV, BM, UPCAST).to(tl.float32)
+    b_delta = tl.sum(b_out * b_dout, 1)
+    if dlse is not None:
+        p_dlse = dlse + b * dlse_strides[0] + h * dlse_strides[1] + row.to(tl.int64) * dlse_strides[2]
+        b_delta -= tl.load(p_dlse, mask=row < Lq, other=0.0)
+    b_lse = tl.load(lse + head.to(tl.int64) * Lq + row, mask=row < Lq, other=0.0)
+    p_stats = stats + (head.to(tl.int64) * n_tiles * BM + row) * 2
+    tl.store(p_stats, b_lse)
+    tl.store(p_stats + 1, b_delta)
+
+
+@triton.jit
+def load_stats(stats, i_first, BM: tl.constexpr):
+    """(lse, delta) [BM] of one head's rows i_first.."""
+    p = stats + tl.cast(i_first, tl.int64) * 2 + tl.arange(0, BM)[:, None] * 2 + tl.arange(0, 2)[None, :]
+    return tl.split(tl.load(p))
+
+
+@triton.jit
+def _add_queries(b_dk, b_dv, b_column, b_k, b_v, q, dout, stats, mask, bias, rng,
+                 q_strides, dout_strides, mask_strides, bias_strides, head, j_first,
+                 Lq, Lk, lo, hi, scale, threshold, keep_scale,
+                 D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+                 BDV: tl.constexpr, MASK_ROWS: tl.constexpr, BIAS_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+                 UPCAST: tl.constexpr, COLUMN: tl.constexpr, PARTIAL: tl.constexpr):  # fmt: skip
+    """Add what all query tiles of one kind and head give to dK [BN, BD], dV [BN, BDV] and column sums of dS [BN]."""
+    HIDES: tl.constexpr = (mask is not None or bias is not None) or (PARTIAL and (lo is not None or hi is not None))
+    # lo <= j - i <= hi read from the keys: -hi <= i - j <= -lo.
+    below = None if hi is None else -hi
+    above = None if lo is None else -lo
+    start, full_start, full_end, n_partial, n_full = span(j_first, min(j_first + BN, Lk) - 1, below, above, Lq, BM)
+    for n in tl.range(0, n_partial if PARTIAL else n_full, disable_licm=True):
+        i_first = tile_start(n, start, full_start, full_end, BM, PARTIAL)
+        wanted = None
+        if PARTIAL:
+            wanted = i_first + tl.arange(0, BM) < Lq
+        b_q = load_rows(q, i_first, wanted, q_strides, D, BD, BM, UPCAST)  # [BM, BD]
+        # Transposed, so that P and dS come out as the left operands of the products below.
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale  # [BN, BM]
+        b_s, visible = finish_scores(
+            b_s, i_first, j_first, tl.arange(0, BM)[None, :], tl.arange(0, BN)[:, None], mask, bias,
+            mask_strides, bias_strides, Lq, Lk, lo, hi, MASK_ROWS, BIAS_ROWS, PARTIAL, False,
+        )  # fmt: skip
+        b_lse, b_delta = load_stats(stats, i_first, BM)
+        b_p = weights(b_s, b_lse[None, :])
+        if HIDES:
+            # Also where lse is -inf: such a query sees nothing.
+            b_p = tl.where(visible, b_p, 0.0)
+
+        b_dout = load_rows(dout, i_first, wanted, dout_strides, DV, BDV, BM, UPCAST)  # [BM, BDV]
+        b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision=PRECISION)  # [BN, BM]
+        b_kept = b_p
+        if rng is not None:
+            keep = tl.trans(keep_tile(rng, threshold, head, i_first, j_first, BM, BN))
+            b_kept = tl.where(keep, b_p * keep_scale, 0.0)
+            b_dp = tl.where(keep, b_dp * keep_scale, 0.0)
+        b_dv = tl.dot(b_kept.to(b_dout.dtype), b_dout, b_dv, input_precision=PRECISION)
+        b_ds = score_gradient(b_p, b_dp, b_delta[None, :], visible, HIDES)
+        if COLUMN:
+            b_column += tl.sum(b_ds, 1)
+        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+    return b_dk, b_dv, b_column
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def keys_kernel(q, k, v, dout, stats, mask, bias, rng, dk, dv, column,
+                q_strides, k_strides, v_strides, dout_strides, mask_strides, bias_strides, dk_strides, dv_strides,
+                stats_stride, Hq, group, Lq, Lk, lo, hi, scale, threshold, keep_scale, n_tiles, n_heads, section,
+                D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+                BDV: tl.constexpr, MASK_ROWS: tl.constexpr, BIAS_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+                UPCAST: tl.constexpr):  # fmt: skip
+    """dK and dV of BN keys of one kv head, summed over its group of query heads; column [B, Hq, Lk] takes sum_i dS_ij."""
+    j_tile, head_kv = work_item(tl.program_id(0), n_tiles, n_heads, section, hi is None and lo is not None)
+    j_first = j_tile * BN
+    j = j_first + tl.arange(0, BN)
+    Hk = Hq // group
+    b = (head_kv // Hk).to(tl.int64)
+    h_kv = (head_kv % Hk).to(tl.int64)
+    b_k = load_rows(k + b * k_strides[0] + h_kv * k_strides[1], j_first, j < Lk, k_strides, D, BD, BN, UPCAST)
+    b_v = load_rows(v + b * v_strides[0] + h_kv * v_strides[1], j_first, j < Lk, v_strides, DV, BDV, BN, UPCAST)
+    b_dk = tl.zeros([BN, BD], tl.float32)
+    b_dv = tl.zeros([BN, BDV], tl.float32)
+    for h in range(h_kv * group, h_kv * group + group):
+        head = b * Hq + h
+        q_head = q + b * q_strides[0] + h * q_strides[1]
+        dout_head = dout + b * dout_strides[0] + h * dout_strides[1]
+        mask_head = mask
+        if mask is not None:
+            mask_head = mask + b * mask_strides[0] + h * mask_strides[1]
+        bias_head = bias
+        if bias is not None:
+            bias_head = bias + b * bias_strides[0] + h * bias_strides[1]
+        b_column = tl.zeros([BN], tl.float32)
+        for partial in tl.static_range(2):
+            b_dk, b_dv, b_column = _add_queries(
+                b_dk, b_dv, b_column, b_k, b_v, q_head, dout_head, stats + head * stats_stride,
+                mask_head, bias_head, rng, q_strides, dout_strides, mask_strides, bias_strides,
+                head.to(tl.int32), j_first, Lq, Lk, lo, hi, scale, threshold, keep_scale,
+                D, DV, BM, BN, BD, BDV, MASK_ROWS, BIAS_ROWS, PRECISION, UPCAST, column is not None, partial,
+            )  # fmt: skip
+        if column is not None:
+            tl.store(column + head * Lk + j, b_column, mask=j < Lk)
+    store_rows(dk + b * dk_strides[0] + h_kv * dk_strides[1], j_first, b_dk * scale, Lk, dk_strides, D, BD, BN)
+    store_rows(dv + b * dv_strides[0] + h_kv * dv_strides[1], j_first, b_dv, Lk, dv_strides, DV, BDV, BN)
+
+
+@triton.jit
+def _gradient_tile(b_q, b_dout, b_lse, b_delta, k, v, mask, bias, rng,
+                   k_strides, v_strides, mask_strides, bias_strides, head, i_first, j_first, i_last,
+                   Lq, Lk, lo, hi, scale, threshold, keep_scale,
+                   D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+                   BDV: tl.constexpr, MASK_ROWS: tl.constexpr, BIAS_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+                   UPCAST: tl.constexpr, PARTIAL: tl.constexpr):  # fmt: skip
+    """dS [BM, BN] of one tile, and its keys [BN, BD] with unseen ones zeroed."""
+    HIDES: tl.constexpr = (mask is not None or bias is not None) or (PARTIAL and (lo is not None or hi is not None))
+    j = j_first + tl.arange(0, BN)
+    reach = None
+    if PARTIAL:
+        reach = keys_in_reach(j, i_first, i_last, Lk, lo, hi)
+    b_k = load_rows(k, j_first, reach, k_strides, D, BD, BN, UPCAST)  # [BN, BD]
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale  # [BM, BN]
+    b_s, visible = finish_scores(
+        b_s, i_first, j_first, tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :], mask, bias,
+        mask_strides, bias_strides, Lq, Lk, lo, hi, MASK_ROWS, BIAS_ROWS, PARTIAL, False,
+    )  # fmt: skip
+    b_p = weights(b_s, b_lse[:, None])
+    b_v = load_rows(v, j_first, reach, v_strides, DV, BDV, BN, UPCAST)  # [BN, BDV]
+    b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)  # [BM, BN]
+    if rng is not None:
+        keep = keep_tile(rng, threshold, head, i_first, j_first, BM, BN)
+        b_dp = tl.where(keep, b_dp * keep_scale, 0.0)
+    b_ds = score_gradient(b_p, b_dp, b_delta[:, None], visible, HIDES)
+    if mask is not None or bias is not None:
+        b_k = drop_unseen(b_k, visible)
+    return b_ds, b_k
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def queries_kernel(q, k, v, dout, stats, mask, bias, rng, dq, dbias,
+                   q_strides, k_strides, v_strides, dout_strides, mask_strides, bias_strides, dq_strides, dbias_strides,
+                   stats_stride, Hq, group, Lq, Lk, lo, hi, scale, threshold, keep_scale, n_tiles, n_heads, section,
+                   D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+                   BDV: tl.constexpr, MASK_ROWS: tl.constexpr, BIAS_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+                   UPCAST: tl.constexpr):  # fmt: skip
+    """dQ of BM queries of one head; dS itself goes to dbias [B, Hq, Lq, Lk] where that is not None."""
+    i_tile, head = work_item(tl.program_id(0), n_tiles, n_heads, section, hi is not None and lo is None)
+    i_first = i_tile * BM
+    i_last = min(i_first + BM, Lq) - 1
+    row = i_first + tl.arange(0, BM)
+    b = (head // Hq).to(tl.int64)
+    h = (head % Hq).to(tl.int64)
+    h_kv = h // group
+    k += b * k_strides[0] + h_kv * k_strides[1]
+    v += b * v_strides[0] + h_kv * v_strides[1]
+    if mask is not None:
+        mask += b * mask_strides[0] + h * mask_strides[1]
+    if bias is not None:
+        bias += b * bias_strides[0] + h * bias_strides[1]
+    if dbias is not None:
+        p_dbias = dbias + b * dbias_strides[0] + h * dbias_strides[1] + row.to(tl.int64)[:, None] * dbias_strides[2]
+    b_q = load_rows(q + b * q_strides[0] + h * q_strides[1], i_first, row < Lq, q_strides, D, BD, BM, UPCAST)
+    dout += b * dout_strides[0] + h * dout_strides[1]
+    b_dout = load_rows(dout, i_first, row < Lq, dout_strides, DV, BDV, BM, UPCAST)
+    b_lse, b_delta = load_stats(stats + head.to(tl.int64) * stats_stride, i_first, BM)
+
+    b_dq = tl.zeros([BM, BD], tl.float32)
+    start, full_start, full_end, n_partial, n_full = span(i_first, i_last, lo, hi, Lk, BN)
+    for partial in tl.static_range(2):
+        for n in range(0, n_partial if partial else n_full):
+            j_first = tile_start(n, start, full_start, full_end, BN, partial)
+            b_ds, b_k = _gradient_tile(
+                b_q, b_dout, b_lse, b_delta, k, v, mask, bias, rng, k_strides, v_strides, mask_strides,
+                bias_strides, head, i_first, j_first, i_last, Lq, Lk, lo, hi, scale, threshold, keep_scale,
+                D, DV, BM, BN, BD, BDV, MASK_ROWS, BIAS_ROWS, PRECISION, UPCAST, partial,
+            )  # fmt: skip
+            b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+            if dbias is not None:
+                j = (j_first + tl.arange(0, BN))[None, :]
+                inside = (row < Lq)[:, None] & (j < Lk)
+                tl.store(p_dbias + j.to(tl.int64) * dbias_strides[3], b_ds.to(dbias.dtype.element_ty), mask=inside)
+    store_rows(dq + b * dq_strides[0] + h * dq_strides[1], i_first, b_dq * scale, Lq, dq_strides, D, BD, BM)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def bias_kernel(q, k, v, dout, stats, mask, bias, rng, dbias,
+                q_strides, k_strides, v_strides, dout_strides, mask_strides, bias_strides, dbias_strides,
+                stats_stride, Hq, group, Lq, Lk, lo, hi, scale, threshold, keep_scale, n_i, n_j, dbias_heads, sum_b, sum_h,
+                D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+                BDV: tl.constexpr, MASK_ROWS: tl.constexpr, BIAS_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+                UPCAST: tl.constexpr):  # fmt: skip
+    """One [BM, BN] tile of dbias [B|1, Hq|1, Lq, Lk]: dS summed over sum_b batches and sum_h heads, in order."""
+    pid = tl.program_id(0)
+    i_first = pid // n_j % n_i * BM
+    j_first = pid % n_j * BN
+    i_last = min(i_first + BM, Lq) - 1
+    slab = pid // (n_i * n_j)
+    slab_b = (slab // dbias_heads).to(tl.int64)
+    slab_h = (slab % dbias_heads).to(tl.int64)
+    row = i_first + tl.arange(0, BM)
+    j = (j_first + tl.arange(0, BN))[None, :]
+    reachable = j_first >= 0
+    if lo is not None:
+        reachable = reachable & (j_first + BN - 1 >= i_first + lo)
+    if hi is not None:
+        reachable = reachable & (j_first <= i_last + hi)
+
+    b_sum = tl.zeros([BM, BN], tl.float32)
+    for n in range(0, tl.where(reachable, sum_b * sum_h, 0)):
+        b = slab_b + n // sum_h
+        h = slab_h + n % sum_h
+        head = b * Hq + h
+        h_kv = h // group
+        b_q = load_rows(q + b * q_strides[0] + h * q_strides[1], i_first, row < Lq, q_strides, D, BD, BM, UPCAST)
+        p_dout = dout + b * dout_strides[0] + h * dout_strides[1]
+        b_dout = load_rows(p_dout, i_first, row < Lq, dout_strides, DV, BDV, BM, UPCAST)
+        b_lse, b_delta = load_stats(stats + head * stats_stride, i_first, BM)
+        mask_head = mask
+        if mask is not None:
+            mask_head = mask + b * mask_strides[0] + h * mask_strides[1]
+        b_ds, _ = _gradient_tile(
+            b_q, b_dout, b_lse, b_delta,
+            k + b * k_strides[0] + h_kv * k_strides[1], v + b * v_strides[0] + h_kv * v_strides[1],
+            mask_head, bias + b * bias_strides[0] + h * bias_strides[1], rng,
+            k_strides, v_strides, mask_strides, bias_strides, head.to(tl.int32), i_first, j_first, i_last,
+            Lq, Lk, lo, hi, scale, threshold, keep_scale,
+            D, DV, BM, BN, BD, BDV, MASK_ROWS, BIAS_ROWS, PRECISION, UPCAST, True,
+        )  # fmt: skip
+        b_sum += b_ds
+    dbias += slab_b * dbias_strides[0] + slab_h * dbias_strides[1]
+    p_dbias = dbias + row.to(tl.int64)[:, None] * dbias_strides[2] + j.to(tl.int64) * dbias_strides[3]
+    tl.store(p_dbias, b_sum.to(dbias.dtype.element_ty), mask=(row < Lq)[:, None] & (j < Lk))
+
+
+def backward(dout, dlse, q, k, v, mask, bias, rng, out, lse, params, dq, dk, dv, dbias) -> None:
+    """Fill the gradients that are not None. dbias [B|1, Hq|1, Lq|1, Lk|1] is summed over its broadcast dimensions."""
+    B, Hq, Lq, D = q.shape
+    Hk, Lk, Dv = k.shape[1], k.shape[2], v.shape[3]
+    if B * Hq * Lq * Lk == 0:
+        for gradient in (dq, dk, dv, dbias):
+            if gradient is not None:
+                gradient.zero_()
+        return
+    if dbias is not None and dbias.shape[3] == 1:
+        # sum_j dS_ij is dlse_i exactly: the weights of a row sum to 1, or to 0 where lse is -inf.
+        rows = torch.zeros_like(lse) if dlse is None else dlse.masked_fill(lse == -torch.inf, 0.0)
+        dbias.copy_(rows[..., None].sum_to_size(dbias.shape))
+        dbias = None
+    if all(gradient is None for gradient in (dq, dk, dv, dbias)):
+        return
+
+    tiles = config.pick_backward(D, Dv, q.dtype, arch_of(q))
+    group = Hq // Hk
+    n_rows = config.ceil_div(Lq, config.STATS_ROWS)
+    stats = lse.new_empty(B * Hq, n_rows * config.STATS_ROWS, 2)
+    strides = (out.stride(), dout.stride(), None if dlse is None else dlse.stride())
+    launch(
+        row_stats_kernel, n_rows * B * Hq, out, dout, lse, dlse, stats, *strides, Hq, Lq, n_rows, DV=Dv,
+        BM=config.STATS_ROWS, BDV=config.block_dim(Dv), UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
+    )  # fmt: skip
+
+    inputs = (q, k, v, dout, stats, mask, bias, rng)
+    strides = (q.stride(), k.stride(), v.stride(), dout.stride(), config.score_strides(mask), config.score_strides(bias))
+    band = config.useful_band(*params.band(Lq, Lk), Lq, Lk)
+    scalars = (stats.stride(0), Hq, group, Lq, Lk, *band, params.scale, *config.dropout_scalars(params.dropout_p))
+
+    def compiled_for(tile):
+        return {"D": D, "DV": Dv, **config.compile_options(tile, D, Dv, q.dtype, mask, bias, INTERPRETED)}
+
+    by_column = dbias is not None and dbias.shape[2] == 1
+    by_tile = dbias is not None and not by_column and dbias.shape[:2] != (B, Hq)
+    if dk is not None or dv is not None or by_column:
+        dk = torch.empty_like(k) if dk is None else dk
+        dv = torch.empty_like(v) if dv is None else dv
+        column = lse.new_empty(B, Hq, Lk) if by_column else None
+        n_tiles = config.ceil_div(Lk, tiles.keys.BN)
+        section = config.heads_per_section(B * Hk, 1, q.element_size() * Lq * (D + Dv) * group)
+        launch(
+            keys_kernel, n_tiles * B * Hk, *inputs, dk, dv, column, *strides, dk.stride(), dv.stride(),
+            *scalars, n_tiles, B * Hk, section, **compiled_for(tiles.keys),
+        )  # fmt: skip
+        if by_column:
+            dbias.copy_(column[:, :, None].sum_to_size(dbias.shape))
+    in_place = dbias if dbias is not None and not by_column and not by_tile else None
+    if dq is not None or in_place is not None:
+        dq = torch.empty_like(q) if dq is None else dq
+        if in_place is not None and band != (None, None):
+            in_place.zero_()  # tiles outside the band are never visited
+        n_tiles = config.ceil_div(Lq, tiles.queries.BM)
+        section = config.heads_per_section(B * Hq, group, k.element_size() * Lk * (D + Dv))
+        launch(
+            queries_kernel, n_tiles * B * Hq, *inputs, dq, in_place, *strides, dq.stride(),
+            None if in_place is None else in_place.stride(), *scalars, n_tiles, B * Hq, section,
+            **compiled_for(tiles.queries),
+        )  # fmt: skip
+    if by_tile:
+        n_i, n_j = config.ceil_div(Lq, tiles.queries.BM), config.ceil_div(Lk, tiles.queries.BN)
+        slabs_b, slabs_h = dbias.shape[:2]
+        launch(
+            bias_kernel, slabs_b * slabs_h * n_i * n_j, *inputs, dbias, *strides, dbias.stride(), *scalars,
+            n_i, n_j, slabs_h, B // slabs_b, Hq // slabs_h, **compiled_for(tiles.queries),
+        )  # fmt: skip

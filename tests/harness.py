@@ -1,0 +1,200 @@
+"""What every softmax test shares: run a case on a backend, and its fp64 golden and low-precision reference."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastattn
+from fastattn.params import SoftmaxParams
+from fastattn.reference.softmax import softmax
+from fastattn.testing import GRAD_FACTOR, OUT_FACTOR, Case, Inputs, assert_close, cast, make, max_error
+
+BACKENDS = tuple(os.environ.get("FASTATTN_TEST_BACKENDS", "native,eager,reference").split(","))
+DEVICE = os.environ.get("FASTATTN_TEST_DEVICE", "cpu")
+FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+DTYPES = (FP32, BF16, FP16)
+
+all_backends = pytest.mark.parametrize("backend", BACKENDS)
+all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+class Result(NamedTuple):
+    out: Tensor
+    lse: Tensor
+    dq: Tensor | None
+    dk: Tensor | None
+    dv: Tensor | None
+    dbias: Tensor | None
+
+
+def why_not(backend: str, inputs: Inputs, **options) -> list[str]:
+    q, k, v, mask, bias = inputs[:5]
+    rows = fastattn.explain(q, k, v, mask=mask, bias=bias, backend=backend, **options).rows
+    return next((list(row.reasons) for row in rows if row.backend == backend), [f"{backend} does not run on {q.device}"])
+
+
+def need(backend: str, inputs: Inputs, **options) -> None:
+    """Skip with the backend's own words when it does not take the call."""
+    reasons = why_not(backend, inputs, **options)
+    if reasons:
+        pytest.skip(f"{backend}: {'; '.join(reasons)}")
+
+
+def backward(out: Tensor, lse: Tensor, inputs: Inputs, leaves: list[Tensor | None]) -> list[Tensor | None]:
+    wanted = [leaf for leaf in leaves if leaf is not None]
+    outputs = [(out, inputs.dout), (lse, inputs.dlse)]
+    outputs = [(y, dy) for y, dy in outputs if y.requires_grad]
+    if not outputs:  # a result that no input influences (Lk == 0) may be detached
+        return [None if leaf is None else torch.zeros_like(leaf) for leaf in leaves]
+    found = iter(torch.autograd.grad([y for y, _ in outputs], wanted, [dy for _, dy in outputs], materialize_grads=True))
+    return [None if leaf is None else next(found) for leaf in leaves]
+
+
+def _leaf(x: Tensor | None, wanted: bool) -> Tensor | None:
+    return None if x is None else x.detach().requires_grad_(wanted)
+
+
+def attend(inputs: Inputs, backend: str, grad: bool = True, **options) -> Result:
+    """Forward and, if asked, backward of the public function, or a skip with its refusal; leaves keep the strides of `inputs`."""
+    q, k, v, bias = (_leaf(x, grad) for x in (inputs.q, inputs.k, inputs.v, inputs.bias))
+    try:
+        out, lse = fastattn.attention(q, k, v, mask=inputs.mask, bias=bias, return_lse=True, backend=backend, **options)
+    except fastattn.UnsupportedError as refusal:
+        pytest.skip(str(refusal).splitlines()[0])
+    if not grad:
+        return Result(out, lse, None, None, None, None)
+    return Result(out.detach(), lse.detach(), *backward(out, lse, inputs, [q, k, v, bias]))
+
+
+def _scale_and_band(inputs: Inputs, case: Case) -> tuple[float, tuple[int | None, int | None]]:
+    left, right = case.window or (None, None)
+    causal = "bottom_right" if case.causal is True else case.causal or "none"
+    scale = case.scale if case.scale is not None else inputs.q.shape[-1] ** -0.5 if inputs.q.shape[-1] else 1.0
+    return scale, SoftmaxParams(scale, causal, left, right, case.dropout_p).band(inputs.q.shape[2], inputs.k.shape[2])
+
+
+def reference(inputs: Inputs, case: Case, keep: Tensor | None = None) -> Result:
+    """Forward and backward of the dense reference, differentiated by autograd, in the precision of `inputs`."""
+    q, k, v, bias = (_leaf(x, True) for x in (inputs.q, inputs.k, inputs.v, inputs.bias))
+    scale, band = _scale_and_band(inputs, case)
+    out, lse = softmax(q, k, v, inputs.mask, bias, keep, scale=scale, band=band, dropout_p=case.dropout_p)
+    return Result(out.detach(), lse.detach(), *backward(out, lse, inputs, [q, k, v, bias]))
+
+
+def _weights(inputs: Inputs, case: Case, keep: Tensor | None, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """P = exp(z - lse) [B, Hq, Lq, Lk], and the factor dropout puts on it."""
+    q, k, _, mask, bias, _, _ = inputs
+    scale, (lo, hi) = _scale_and_band(inputs, case)
+    offset = torch.arange(k.shape[2], device=q.device) - torch.arange(q.shape[2], device=q.device)[:, None]
+    visible = (offset >= (-torch.inf if lo is None else lo)) & (offset <= (torch.inf if hi is None else hi))
+    visible = visible if mask is None else visible & mask
+    z = (q @ k.repeat_interleave(q.shape[1] // max(k.shape[1], 1), 1).mT * scale).to(lse.dtype)
+    if bias is not None:
+        visible, z = visible & (bias != -torch.inf), z + bias
+    p = torch.exp(z - lse[..., None]).masked_fill(~visible, 0)
+    kept = torch.ones_like(p) if keep is None else keep * (1 / (1 - case.dropout_p) if case.dropout_p < 1 else 0.0)
+    return p, kept
+
+
+def textbook(inputs: Inputs, case: Case, keep: Tensor | None, out: Tensor, lse: Tensor, magnitude: bool = False) -> Result:
+    """Gradients by the formulas every fused kernel uses, densely: dS = P (dP - rowsum(dout out) + dlse).
+
+    With `magnitude` every term enters by its absolute value: how much goes through the accumulators.
+    """
+    p, kept = _weights(inputs, case, keep, lse)
+    scale, sign = _scale_and_band(inputs, case)[0], -1.0
+    if magnitude:
+        inputs = inputs._replace(**{name: getattr(inputs, name).abs() for name in ("q", "k", "v", "dout", "dlse")})
+        out, lse, scale, sign = (p * kept).to(out.dtype) @ _repeated(inputs.v, out), lse.abs(), abs(scale), 1.0
+    q, k, v, _, bias, dout, dlse = inputs
+    narrow, wide, groups = q.dtype, lse.dtype, (q.shape[0], k.shape[1], q.shape[1] // max(k.shape[1], 1))
+    delta = (dout.to(wide) * out.to(wide)).sum(-1, keepdim=True)
+    ds = p * (kept * (dout @ _repeated(v, q).mT).to(wide) + sign * delta + dlse[..., None])
+    dbias = None if bias is None else ds.sum_to_size((1,) * (4 - bias.dim()) + bias.shape).view(bias.shape).to(bias.dtype)
+    ds = (ds * scale).to(narrow)
+    dk = (ds.mT @ q).view(*groups, *k.shape[2:]).sum(2)
+    dv = ((p * kept).to(narrow).mT @ dout).view(*groups, *v.shape[2:]).sum(2)
+    return Result(out, lse, ds @ _repeated(k, q), dk, dv, dbias)
+
+
+def _repeated(x: Tensor, q: Tensor) -> Tensor:
+    return x.repeat_interleave(q.shape[1] // max(x.shape[1], 1), 1)
+
+
+class Expected(NamedTuple):
+    """What a result is held against: fp64, the worse of two orders of operations in its own precision, magnitudes."""
+
+    golden: Result
+    low: Result
+    magnitude: Result
+
+
+def expect(inputs: Inputs, case: Case, keep: Tensor | None = None) -> Expected:
+    """The yardstick for out and gradients is the precision of `inputs`; for lse it is fp32, as promised."""
+    exact = cast(inputs, FP64)
+    golden, low = reference(exact, case, keep), reference(inputs, case, keep)
+    magnitude = textbook(exact, case, keep, golden.out, golden.lse, magnitude=True)
+    if inputs.q.dtype == FP64:
+        return Expected(golden, low, magnitude)
+    other = textbook(inputs, case, keep, low.out, low.lse)
+    worse = [None if g is None else max(a, b, key=lambda x: max_error(x, g)) for g, a, b in zip(golden, low, other)]
+    if inputs.q.dtype != FP32:
+        worse[1] = reference(cast(inputs, FP32), case, keep).lse
+    return Expected(golden, Result(*worse), magnitude)
+
+
+@lru_cache(maxsize=64)
+def problem(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[Inputs, Expected]:
+    """Inputs and what to expect: cached, so that backends of one case share the dense work."""
+    inputs = make(case, dtype, seed, DEVICE)
+    return inputs, expect(inputs, case)
+
+
+def compare(result: Result, expected: Expected, dtype: torch.dtype) -> None:
+    for name, actual, golden, low, magnitude in zip(Result._fields, result, *expected):
+        if actual is not None:
+            factor = OUT_FACTOR if name in ("out", "lse") else GRAD_FACTOR
+            assert_close(name, actual, golden, low, magnitude, dtype if name == "out" else actual.dtype, factor)
+
+
+def check(case: Case, dtype: torch.dtype, backend: str, seed: int = 0) -> Result:
+    """The standard test: forward, lse and every gradient of a case against fp64, within the data's own tolerance."""
+    inputs, expected = problem(case, dtype, seed)
+    result = attend(inputs, backend, **case.options())
+    assert result.out.dtype == dtype and result.lse.dtype == (FP64 if dtype == FP64 else FP32)
+    compare(result, expected, dtype)
+    return result
+
+
+def check_inputs(inputs: Inputs, case: Case, backend: str, keep: Tensor | None = None) -> Result:
+    """`check` for inputs made by hand (adversarial values, odd strides)."""
+    result = attend(inputs, backend, **case.options())
+    compare(result, expect(inputs, case, keep), inputs.q.dtype)
+    return result
+
+
+def check_seeds(case: Case, dtype: torch.dtype, backend: str, seeds: int = 8) -> Result:
+    """`check` over several inputs at once: gradients of a few numbers need more than one draw of the yardstick."""
+    rows = []
+    for seed in range(seeds):
+        inputs, expected = problem(case, dtype, seed)
+        rows.append((attend(inputs, backend, **case.options()), *expected))
+    stacked = [Result(*(x[0] if x[0] is None else torch.stack(x) for x in zip(*results))) for results in zip(*rows)]
+    compare(stacked[0], Expected(*stacked[1:]), dtype)
+    return rows[0][0]
+
+
+def assert_equal(a: Result, b: Result, what: str) -> None:
+    """Bitwise: the message names the tensor and the first differing place."""
+    for name, x, y in zip(Result._fields, a, b):
+        if x is None and y is None:
+            continue
+        if not torch.equal(x, y):
+            at = (x != y).nonzero()[0].tolist()
+            raise AssertionError(f"{what}: {name} differs first at {at}: {x[tuple(at)]} and {y[tuple(at)]}")

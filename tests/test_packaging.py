@@ -1,0 +1,215 @@
+"""What users get: an sdist that is complete, a wheel built from it that works in an empty environment."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import textwrap
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+NOT_SOURCE = shutil.ignore_patterns(
+    ".git", ".venv", "build", "dist", "*.egg-info", "*.so", "_build_info.json", "__pycache__", ".*_cache", ".hypothesis"
+)
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
+
+
+def run(*command, check=True, cwd="/", **environment) -> subprocess.CompletedProcess[str]:
+    clean = {
+        key: value for key, value in os.environ.items() if not key.startswith(("FASTATTN_", "PYTHONPATH", "LD_PRELOAD"))
+    }
+    command = tuple(map(str, command))
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=cwd, env={**clean, **environment})
+    assert not check or result.returncode == 0, f"{' '.join(command)}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+def pip(*arguments, **options) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments, **options)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A copy of the sources, so that no build touches the tree the tests run from."""
+    return Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("checkout") / "fastattn", ignore=NOT_SOURCE))
+
+
+@pytest.fixture(scope="module")
+def sdist(checkout, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", folder, checkout)
+    return next(folder.glob("*.tar.gz"))
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory) -> Path:
+    """Built from the sdist in pip's isolated environment: only [build-system].requires is there, torch is not."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip("wheel", "--no-deps", "-w", folder, sdist, FASTATTN_BUILD="cpu")
+    return next(folder.glob("*.whl"))
+
+
+def unpacked(archive: Path) -> set[str]:
+    if archive.suffix == ".whl":
+        return set(zipfile.ZipFile(archive).namelist())
+    with tarfile.open(archive) as tar:
+        return {name.partition("/")[2] for name in tar.getnames()}
+
+
+class Environment:
+    """An empty virtual environment that shares the torch of this one but nothing else of the project."""
+
+    def __init__(self, folder: Path) -> None:
+        run(sys.executable, "-m", "venv", "--without-pip", folder)
+        self.python = folder / "bin" / "python"
+        self.site = next(folder.glob("lib/python*/site-packages"))
+        (self.site / "shared.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
+
+    def install(self, *arguments, **options) -> None:
+        pip("--python", self.python, "install", "--no-deps", *arguments, **options)
+
+    def run(self, code: str, cwd="/") -> str:
+        return run(self.python, "-c", textwrap.dedent(code), cwd=cwd).stdout
+
+
+def wheel_names(sources: Path) -> set[str]:
+    names = set()
+    for top, package in (("fastattn", "fastattn"), ("kernels", "fastattn/kernels"), ("bench", "fastattn/bench")):
+        names |= {f"{package}/{path.relative_to(sources / top)}" for path in (sources / top).rglob("*.py")}
+    return names
+
+
+def test_sdist_is_complete(sdist, checkout):
+    names = unpacked(sdist)
+    folders = ("fastattn", "kernels", "bench", "csrc", "tests", "docs")
+    files = {str(p.relative_to(checkout)) for f in folders for p in (checkout / f).rglob("*") if p.is_file()}
+    files |= {
+        "setup.py",
+        "pyproject.toml",
+        "CMakeLists.txt",
+        "Makefile",
+        "README.md",
+        ".ci/run",
+        ".ci/requirements.txt",
+    }
+    assert files <= names, f"missing: {sorted(files - names)}"
+    assert not [name for name in names if name.endswith((".so", ".pyc", "_build_info.json"))]
+
+
+def test_torch_is_no_build_requirement():
+    build_system = (ROOT / "pyproject.toml").read_text().split("[project]")[0]
+    assert "requires" in build_system and "torch" not in build_system
+
+
+@pytest.mark.slow
+def test_wheel_contents(wheel, checkout):
+    names = unpacked(wheel)
+    ours = {name for name in names if ".dist-info/" not in name}
+    extra = ours - wheel_names(checkout)
+    assert wheel_names(checkout) <= names, f"missing: {sorted(wheel_names(checkout) - names)}"
+    library = [name for name in extra if name.startswith("fastattn/_C.") and name.endswith(".so")]
+    assert len(library) == 1
+    assert extra - set(library) <= {"fastattn/py.typed", "fastattn/_C.pyi", "fastattn/_build_info.json"}
+    assert wheel.stat().st_size <= 3 * 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads ELF")
+def test_library_links_the_shared_openmp_and_no_torch(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    library = next((tmp_path / "fastattn").glob("_C.*.so")).read_bytes()
+    assert b"libgomp.so.1\0" in library
+    assert not [name for name in (b"libtorch", b"libc10", b"libpython", b".debug_info\0") if name in library]
+
+
+@pytest.mark.slow
+def test_wheel_works_in_an_empty_environment(wheel, tmp_path):
+    environment = Environment(tmp_path / "venv")
+    environment.install(wheel)
+    output = environment.run(
+        """
+        import fastattn, fastattn._C, fastattn.bench, fastattn.kernels, fastattn.testing, importlib.util, torch
+        for module in (fastattn, fastattn._C, fastattn.bench, fastattn.kernels):
+            print(module.__file__)
+        print(importlib.util.find_spec("fastattn.kernels.softmax.forward").origin)
+        q = torch.randn(1, 2, 33, 16, requires_grad=True)
+        out = fastattn.attention(q, q, q, causal=True)
+        out.sum().backward()
+        assert fastattn.explain(q, q, q, causal=True).chosen == "native"
+        assert torch.allclose(out, fastattn.attention(q, q, q, causal=True, backend="reference"), atol=1e-5)
+        assert q.grad.isfinite().all()
+        """,
+        cwd=tmp_path,
+    )
+    assert all(line.startswith(str(environment.site)) for line in output.splitlines()), output
+    facts = json.loads(run(environment.python, "-m", "fastattn.info", "--json", cwd=tmp_path).stdout)
+    assert facts["native"]["path"].startswith(str(environment.site))
+    assert facts["native"]["build"]["mode"] == "cpu" and facts["native"]["build"]["compiler"]
+
+
+def test_without_a_compiler_pure_python_installs_and_says_so(checkout, tmp_path):
+    options = {"CXX": "/no/such/compiler"}
+    built = pip("wheel", "-v", "--no-deps", "--no-build-isolation", "-w", tmp_path, checkout, **options)
+    assert "WITHOUT its native library" in built.stdout + built.stderr
+    wheel = next(tmp_path.glob("*.whl"))
+    assert wheel.name.endswith("-py3-none-any.whl") and wheel_names(checkout) <= unpacked(wheel)
+    environment = Environment(tmp_path / "venv")
+    environment.install(wheel)
+    environment.run(
+        """
+        import fastattn, torch
+        q = torch.randn(1, 2, 9, 16)
+        assert fastattn.explain(q, q, q).chosen == "eager"
+        assert torch.allclose(fastattn.attention(q, q, q), fastattn.attention(q, q, q, backend="reference"), atol=1e-5)
+        """
+    )
+    report = run(environment.python, "-m", "fastattn.info").stdout
+    assert "PURE PYTHON" in report and "no C++ compiler found" in report
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "message"),
+    [
+        ("cuda", {}, "no CUDA kernels in this version"),
+        ("fast", {}, "FASTATTN_BUILD must be one of"),
+        ("cpu", {"CXX": "/no/such/compiler"}, "no C++ compiler found"),
+    ],
+)
+def test_builds_that_cannot_be_had_fail_with_a_reason(checkout, mode, options, message):
+    command = (sys.executable, "setup.py", "--version")
+    result = run(*command, check=False, cwd=checkout, FASTATTN_BUILD=mode, **options)
+    assert result.returncode != 0 and message in result.stderr
+
+
+def test_editable_install(checkout, tmp_path):
+    environment = Environment(tmp_path / "venv")
+    environment.install("--no-build-isolation", "-e", checkout, FASTATTN_BUILD="none")
+    output = environment.run(
+        """
+        import fastattn, fastattn.bench, importlib.util
+        print(fastattn.__file__)
+        print(fastattn.bench.__file__)
+        print(importlib.util.find_spec("fastattn.kernels.softmax.forward").origin)
+        """
+    )
+    folders = (checkout / "fastattn", checkout / "bench", checkout / "kernels")
+    assert all(line.startswith(str(folder)) for line, folder in zip(output.splitlines(), folders)), output
+
+
+def test_kernels_of_hugging_face_is_not_shadowed(tmp_path, monkeypatch):
+    """transformers and diffusers look for a top-level `kernels`; a checkout as working directory must not be found."""
+    package = tmp_path / "kernels"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path, str(tmp_path)])
+    spec = importlib.util.find_spec("kernels")
+    assert spec is not None and spec.origin == str(package / "__init__.py")

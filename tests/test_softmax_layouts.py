@@ -1,0 +1,140 @@
+"""Memory: every layout of every tensor, the layout of the result, untouched surroundings, no Lq x Lk allocation."""
+
+import pytest
+import torch
+from harness import BF16, DEVICE, FP16, FP32, all_backends, all_dtypes, attend, check_inputs, need
+
+import fastattn
+from fastattn.testing import LAYOUTS, Case, make, relayout
+
+CASE = Case(B=2, Hq=4, Hk=2, Lq=37, Lk=75, D=24, Dv=40, causal=True)
+
+
+@all_backends
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tensor", ["q", "k", "v", "all"])
+@pytest.mark.parametrize("dtype", (FP32, BF16), ids=("float32", "bfloat16"))
+def test_layouts(tensor, layout, dtype, backend):
+    """One tensor at a time in each layout, then all; NaN lies between the elements of strided ones."""
+    inputs = make(CASE, dtype, device=DEVICE)
+    names = ("q", "k", "v") if tensor == "all" else (tensor,)
+    inputs = inputs._replace(**{name: relayout(getattr(inputs, name), layout) for name in names})
+    check_inputs(inputs, CASE, backend)
+
+
+@all_backends
+@all_dtypes
+@pytest.mark.parametrize("layout", sorted(set(LAYOUTS) - {"expanded"}))
+def test_layout_does_not_change_the_result(layout, dtype, backend):
+    inputs = make(CASE, dtype, device=DEVICE)
+    need(backend, inputs, **CASE.options())
+    plain = attend(inputs, backend, **CASE.options())
+    moved = inputs._replace(**{name: relayout(getattr(inputs, name), layout) for name in ("q", "k", "v")})
+    result = attend(moved, backend, **CASE.options())
+    for name in ("out", "lse", "dq", "dk", "dv"):
+        if backend == "native":
+            assert torch.equal(getattr(result, name), getattr(plain, name)), name
+        else:
+            torch.testing.assert_close(getattr(result, name), getattr(plain, name), atol=2e-2 if dtype != FP32 else 1e-5, rtol=0)
+
+
+@all_backends
+@pytest.mark.parametrize("offset", range(1, 8))
+@pytest.mark.parametrize("dtype", (FP32, FP16), ids=("float32", "float16"))
+def test_storage_offsets(offset, dtype, backend):
+    """Pointers aligned to nothing but their element."""
+    inputs = make(CASE, dtype, device=DEVICE)
+
+    def shifted(x):
+        flat = x.new_full((x.numel() + offset,), float("nan"))
+        flat[offset:] = x.reshape(-1)
+        return flat[offset:].view(x.shape)
+
+    inputs = inputs._replace(q=shifted(inputs.q), k=shifted(inputs.k), v=shifted(inputs.v), dout=shifted(inputs.dout))
+    check_inputs(inputs, CASE, backend)
+
+
+@all_backends
+@pytest.mark.parametrize("layout", ["contiguous", "blhd", "lbhd"])
+@pytest.mark.parametrize("Dv", (24, 40))
+def test_out_follows_the_layout_of_q(layout, Dv, backend):
+    case = Case(B=2, Hq=4, Hk=4, Lq=37, D=24, Dv=Dv)
+    inputs = make(case, FP32, device=DEVICE)
+    inputs = inputs._replace(q=relayout(inputs.q, layout))
+    need(backend, inputs)
+    result = attend(inputs, backend)
+    expected = relayout(torch.empty(2, 4, 37, Dv), layout).stride()
+    assert result.out.stride() == expected
+    assert result.lse.is_contiguous()
+
+
+@all_backends
+def test_packed_projection_needs_no_copy(backend):
+    """q, k, v as views of one [B, L, 3, H, D] projection, the usual module; gradients come back through the views."""
+    need(backend, make(Case(), FP32))
+    packed = torch.randn(2, 50, 3, 4, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
+    q, k, v = packed.permute(2, 0, 3, 1, 4)
+    out = fastattn.attention(q, k, v, causal=True, backend=backend)
+    copy = packed.detach().clone().requires_grad_()
+    expected = fastattn.attention(*(x.contiguous() for x in copy.permute(2, 0, 3, 1, 4)), causal=True, backend=backend)
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(out, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(packed.grad, copy.grad, atol=1e-5, rtol=0)
+
+
+@all_backends
+@all_dtypes
+def test_inputs_are_not_written(dtype, backend):
+    """Inputs sit inside larger buffers: neither they nor what surrounds them may change."""
+    case = Case(Hk=2, Lq=33, Lk=65, D=17, mask="bhqk", bias="bhqk")
+    inputs = make(case, dtype, device=DEVICE)
+    need(backend, inputs)
+    frames, framed = [], []
+    for x in inputs:
+        frame = torch.ones(x.numel() + 128, device=DEVICE).to(x.dtype)
+        view = frame[64:-64].view(x.shape).copy_(x)
+        frames.append((frame, frame.clone()))
+        framed.append(view)
+    attend(type(inputs)(*framed), backend)
+    for name, (frame, before) in zip(inputs._fields, frames):
+        assert torch.equal(frame, before), name
+
+
+@all_backends
+def test_shared_memory_between_inputs(backend):
+    """q is k is v: self attention of one tensor."""
+    case = Case(Hk=4, Lq=47, Lk=47)
+    inputs = make(case, FP32, device=DEVICE)
+    need(backend, inputs)
+    x = inputs.q.clone().requires_grad_()
+    fastattn.attention(x, x, x, backend=backend).backward(inputs.dout)
+    alone = attend(inputs._replace(k=inputs.q, v=inputs.q, dlse=torch.zeros_like(inputs.dlse)), backend)
+    torch.testing.assert_close(x.grad, alone.dq + alone.dk + alone.dv, atol=1e-5, rtol=0)
+
+
+class _Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """Largest number of elements any op produced."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
+        return result
+
+
+@all_backends
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (64, 0)}], ids=str)
+def test_nothing_of_size_Lq_by_Lk_is_allocated(options, backend):
+    """Peak memory: eager by watching every torch op, native by the process's high-water mark."""
+    if backend == "reference":
+        pytest.skip("the reference is dense by definition")
+    L = 4096
+    inputs = make(Case(B=1, Hq=1, Hk=1, Lq=L, Lk=L, D=16), FP32, device=DEVICE)
+    need(backend, inputs, **options)
+    with _Largest() as largest:
+        attend(inputs, backend, **options)
+    assert largest.numel < L * L // 8, largest.numel
