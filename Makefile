@@ -1,6 +1,7 @@
 # Every target sets itself up: a .venv with torch, the tools and this package in editable mode. Re-runs only rebuild.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.6.0
 BENCH_ARGS ?= run --preset cpu --json build/bench.json
 TEST_ARGS ?=
 SANITIZE_ARGS ?= tests -k native -m "not gpu and not slow"
@@ -42,7 +43,7 @@ sanitize: $(SANITIZED)/.installed
 install: $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info fastattn/_C.* fastattn/_build_info.json
+	rm -rf $(VENV) build dist *.egg-info fastattn/_C.*.so fastattn/_build_info.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Without ensurepip (Debian without python3-venv) the outer pip fills the new environment.
@@ -52,10 +53,11 @@ $(VENV)/.created:
 	  $(PYTHON) -m pip --python $(VENV)/bin/python install pip; }
 	touch $@
 
-# torch first and by exact version, so that nothing after it can pull another.
+# torch first and by exact version, so that nothing after it can pull another. Its CUDA builds bring their own triton.
 $(VENV)/.tools: .ci/requirements.txt | $(VENV)/.created
 	$(PIP) install "$(TORCH)"
 	$(PIP) install -r .ci/requirements.txt "$(TORCH)"
+	[ "$$(uname)" != Linux ] || $(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install "$(TRITON)"
 	touch $@
 
 $(VENV)/.installed: $(SOURCES) $(VENV)/.tools

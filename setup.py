@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import importlib.util
 import json
 import os
@@ -96,9 +95,10 @@ class BuildExtension(build_ext):
     def build_extension(self, ext: Extension) -> None:
         pybind11 = importlib.import_module("pybind11")
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        tag = f"{sys.implementation.cache_tag}-{'editable' if self.editable_mode else 'wheel'}"
-        build = ROOT / "build" / f"cmake-{tag}"
-        if not self.editable_mode:  # an isolated build leaves a cache full of paths that are gone
+        sanitize = os.environ.get("FASTATTN_SANITIZE") == "1"
+        kind = "editable" if self.editable_mode else "sanitize" if sanitize else "wheel"
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{kind}"
+        if kind == "wheel":  # an isolated build leaves a cache full of paths that are gone
             shutil.rmtree(build, ignore_errors=True)
         build.mkdir(parents=True, exist_ok=True)
         options = {
@@ -108,7 +108,7 @@ class BuildExtension(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "FASTATTN_MODULE_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
-            "FASTATTN_SANITIZE": "ON" if os.environ.get("FASTATTN_SANITIZE") == "1" else "OFF",
+            "FASTATTN_SANITIZE": "ON" if sanitize else "OFF",
         }
         defines = [f"-D{key}={value}" for key, value in options.items()]
         extra = os.environ.get("CMAKE_ARGS", "").split()
@@ -127,8 +127,8 @@ class BuildPython(build_py):
         super().run()
         if MODE == "none":
             if self.editable_mode:
-                for stale in glob.glob(str(ROOT / "fastattn" / "_C.*")):
-                    os.remove(stale)
+                stale = ROOT / "fastattn" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+                stale.unlink(missing_ok=True)
             write_record(ROOT / "fastattn" if self.editable_mode else Path(self.build_lib) / "fastattn", {})
 
 

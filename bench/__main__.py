@@ -110,9 +110,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def failed(report: dict[str, Any]) -> bool:
-    """Wrong anywhere: an implementation of a case, a loss curve, or the text it leads to."""
+    """Wrong anywhere: an implementation of a case, a long gradient, a loss curve, or the text it leads to."""
     outcomes = (o for result in report["results"] for o in result["implementations"].values())
     wrong = any(outcome["status"] == "wrong" for outcome in outcomes)
+    wrong = wrong or (report["memory"] or {}).get("status") == "wrong"
     return wrong or any(not (model["loss_agrees"] and model["generated"]["agree"]) for model in report["gpt"])
 
 

@@ -22,7 +22,7 @@ def measure(timeout: float, threads: int, backend: str = "auto", length: int = L
         return {"case": NAME, "status": "n/a", "reason": f"took more than {timeout:.0f} s"}
     if done.returncode != 0:
         return {"case": NAME, "status": "n/a", "reason": (done.stderr.strip().splitlines() or ["no message"])[-1]}
-    return {"case": NAME, "status": "ok", **json.loads(done.stdout.splitlines()[-1])}
+    return {"case": NAME, **json.loads(done.stdout.splitlines()[-1])}
 
 
 def _resident(field: str) -> int:
@@ -31,6 +31,19 @@ def _resident(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"no {field} in /proc/self/status")
+
+
+def _use_up_freed_heap(size: int) -> list[Any]:
+    """Blocks that fill what is freed but still resident: left open, it would hide as much of what the op takes."""
+    import torch
+
+    blocks: list[Any] = []
+    fresh = 0
+    while fresh < 4 and len(blocks) < 100:
+        before = _resident("VmRSS")
+        blocks.append(torch.ones(size, dtype=torch.uint8))
+        fresh = fresh + 1 if _resident("VmRSS") - before > 0.9 * size else 0
+    return blocks
 
 
 def _child(threads: int, backend: str, length: int) -> dict[str, Any]:
@@ -42,23 +55,34 @@ def _child(threads: int, backend: str, length: int) -> dict[str, Any]:
 
     def tensors(L: int) -> list[torch.Tensor]:
         shape = (1, HEADS, L, HEAD_DIM)
-        return [torch.randn(shape).bfloat16() for _ in range(4)]
+        return [torch.randn(shape, dtype=torch.bfloat16) for _ in range(4)]
 
     def step(q, k, v, dout):
         for x in (q, k, v):
             x.requires_grad_()
         fastattn.attention(q, k, v, causal=True, backend=backend).backward(dout)
 
+    def right(q, k, v, dout):
+        # Every row of weights sums to 1, so dv sums to what dout sums to; no dense oracle has this length.
+        error = (v.grad.float().sum(2) - dout.float().sum(2)).abs().max() / dout.float().norm(dim=2).max()
+        return bool(error < 0.05 and q.grad.isfinite().all() and k.grad.isfinite().all())
+
     step(*tensors(256))  # libraries, thread stacks and allocator pools are not the op's memory
     inputs = tensors(length)
+    size = inputs[0].nbytes
+    blocks = _use_up_freed_heap(size)
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = _resident("VmRSS")
     start = perf_counter()
     step(*inputs)
     seconds = perf_counter() - start
-    size = inputs[0].nbytes
+    peak = _resident("VmHWM")
+    del blocks
+    if not right(*inputs):
+        return {"status": "wrong", "reason": "the gradients break an identity, or are not finite"}
     return {
-        "extra_bytes": _resident("VmHWM") - before,
+        "status": "ok",
+        "extra_bytes": peak - before,
         "results_bytes": 4 * size,  # out, dq, dk, dv: any implementation has to hold these
         "scores_bytes": HEADS * length * length * 2,  # one Lq x Lk matrix in bf16
         "seconds": seconds,

@@ -137,7 +137,7 @@ def _against_baseline(outcome: Outcome, results, baseline, golden, dtype: torch.
     for name, exact in golden.items():
         error, theirs = (tolerances.max_error(r[name], exact) for r in (results, baseline))
         worst = max(worst, error / max(theirs, tolerances.rounding(exact, dtype), 1e-30))
-        allowed = tolerances.bound(exact, baseline[name], dtype, factor)
+        allowed = tolerances.bound(exact, baseline[name], exact, dtype, factor)
         if not error <= allowed:
             outcome.status, outcome.reason = "wrong", f"{name}: max error {error:.1e}, allowed {allowed:.1e}"
     outcome.error_vs_baseline = worst

@@ -151,7 +151,7 @@ def cases(listed: list[Case]) -> None:
 def memory(report: dict[str, Any]) -> None:
     print(f"\nMemory: {report['case']}")
     if report["status"] != "ok":
-        print(f"  n/a: {report['reason']}")
+        print(f"  {report['status']}: {report['reason']}")
         return
     extra, results, scores = (report[n] / 2**20 for n in ("extra_bytes", "results_bytes", "scores_bytes"))
     print(

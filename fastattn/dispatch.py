@@ -20,6 +20,11 @@ class UnsupportedError(RuntimeError):
     """No backend takes the call; the message lists every backend's reasons."""
 
 
+def check_name(backend: str) -> None:
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f'backend must be "auto" or one of {", ".join(map(repr, BACKENDS))}, got {backend!r}')
+
+
 def _order(call: SoftmaxCall) -> tuple[str, ...]:
     return ORDER.get(call.q.device.type, OTHER_DEVICES)
 
@@ -37,8 +42,7 @@ def select(call: SoftmaxCall, backend: str = "auto") -> str:
             if not BACKENDS[name].why_not(call) and not _by_default(name, call):
                 return name
         raise UnsupportedError(f"no backend takes this call\n{explain(call)}")
-    if backend not in BACKENDS:
-        raise ValueError(f'backend must be "auto" or one of {", ".join(map(repr, BACKENDS))}, got {backend!r}')
+    check_name(backend)
     reasons = BACKENDS[backend].why_not(call)
     if reasons:
         raise UnsupportedError(

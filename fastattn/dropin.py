@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .checks import shapes
+from .dispatch import check_name
 from .ops.softmax import attention
 
 _torch_sdpa: Callable = F.scaled_dot_product_attention
@@ -52,7 +53,7 @@ def _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
         # Ragged batches are torch's own; fastattn takes them packed, not nested.
         return _torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
-    lead, q, k, v = _four_dimensions(query, key, value)
+    lead, q, k, v = _four_dimensions(query, key, value, enable_gqa)
     mask, bias = _split_mask(attn_mask, query, key, lead)
     causal = "top_left" if is_causal else False
     out = attention(
@@ -61,24 +62,27 @@ def _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
     return out if query.dim() == 4 and len(lead) == 1 else out.reshape(*lead, *_head(query, key, value), *out.shape[2:])
 
 
+def _sizes(query, key, value) -> str:
+    return shapes(query=query, key=key, value=value)
+
+
 def _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) -> None:
-    sizes = shapes(query=query, key=key, value=value)
-    ranks = {query.dim(), key.dim(), value.dim()}
+    ranks = (query.dim(), key.dim(), value.dim())
     if min(ranks) < 2 or max(ranks) > 5:
-        raise RuntimeError(f"query, key and value must have 2 to 5 dimensions: {sizes}")
+        raise RuntimeError(f"query, key and value must have 2 to 5 dimensions: {_sizes(query, key, value)}")
     if query.dtype != key.dtype or query.dtype != value.dtype:
         if not torch.is_autocast_enabled(query.device.type):
             raise RuntimeError(
-                f"query, key and value must share one dtype: {query.dtype}, {key.dtype}, {value.dtype} ({sizes})"
+                f"query, key and value must share one dtype: {query.dtype}, {key.dtype}, {value.dtype} ({_sizes(query, key, value)})"
             )
     if not query.is_floating_point():
-        raise RuntimeError(f"query, key and value must be floating point, got {query.dtype} ({sizes})")
+        raise RuntimeError(f"query, key and value must be floating point, got {query.dtype} ({_sizes(query, key, value)})")
     if query.device != key.device or query.device != value.device:
         raise RuntimeError(f"query, key and value must be on one device: {query.device}, {key.device}, {value.device}")
     if query.shape[-1] != key.shape[-1]:
-        raise RuntimeError(f"query and key must have the same last dimension: {sizes}")
+        raise RuntimeError(f"query and key must have the same last dimension: {_sizes(query, key, value)}")
     if key.shape[-2] != value.shape[-2]:
-        raise RuntimeError(f"key and value must have the same length: {sizes}")
+        raise RuntimeError(f"key and value must have the same length: {_sizes(query, key, value)}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p!r}")
     if attn_mask is not None and is_causal:
@@ -87,34 +91,35 @@ def _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) -> No
         )
     if enable_gqa:
         if min(ranks) < 3:
-            raise RuntimeError(f"enable_gqa needs a head dimension: {sizes}")
+            raise RuntimeError(f"enable_gqa needs a head dimension: {_sizes(query, key, value)}")
         Hq, Hk, Hv = query.shape[-3], key.shape[-3], value.shape[-3]
         if Hk != Hv or (Hk == 0) != (Hq == 0) or (Hk and Hq % Hk):
-            raise RuntimeError(f"enable_gqa needs the heads of query to be a multiple of those of key and value: {sizes}")
+            raise RuntimeError(f"enable_gqa needs the heads of query to be a multiple of those of key and value: {_sizes(query, key, value)}")
 
 
 def _head(query, key, value) -> tuple[int, ...]:
     return (max(t.shape[-3] if t.dim() > 2 else 1 for t in (query, key, value)),) if query.dim() > 2 else ()
 
 
-def _four_dimensions(query, key, value):
+def _four_dimensions(query, key, value, enable_gqa):
     """(leading batch shape, q, k, v) with q, k, v [batch, heads, L, D]; heads that broadcast stay unexpanded in k, v."""
-    sizes = shapes(query=query, key=key, value=value)
-    rank = max(t.dim() for t in (query, key, value))
+    rank = max(query.dim(), key.dim(), value.dim())
+    if rank == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]:
+        return query.shape[:1], query, key, value
     tensors = [t[(None,) * (max(rank, 3) - t.dim())] if t.dim() < max(rank, 3) else t for t in (query, key, value)]
     try:
         lead = torch.broadcast_shapes(*(t.shape[:-3] for t in tensors))
     except RuntimeError as error:
-        raise RuntimeError(f"batch dimensions of query, key and value do not broadcast: {sizes}") from error
+        raise RuntimeError(f"batch dimensions of query, key and value do not broadcast: {_sizes(query, key, value)}") from error
     Hq, Hk, Hv = (t.shape[-3] for t in tensors)
     if Hk != Hv:
         if 1 not in (Hk, Hv):
-            raise RuntimeError(f"key and value must have the same number of heads: {sizes}")
+            raise RuntimeError(f"key and value must have the same number of heads: {_sizes(query, key, value)}")
         Hk = max(Hk, Hv)
     if Hq == 1 and Hk > 1:
         Hq = Hk
-    if Hk != Hq and Hk != 1 and (Hk == 0 or Hq % Hk or not sizes):
-        raise RuntimeError(f"heads of query and key do not fit: {sizes}")
+    if Hk not in (1, Hq) and not enable_gqa:
+        raise RuntimeError(f"query has {Hq} heads, key and value {Hk}; set enable_gqa=True to group them: {_sizes(query, key, value)}")
     heads = (Hq, Hk, Hk)
     full = []
     for t, H in zip(tensors, heads):
@@ -156,15 +161,28 @@ class PatchReport:
     __repr__ = __str__
 
 
+@dataclass(eq=False)
+class _Entry:
+    backend: str
+    thread: int
+
+
 _lock = threading.RLock()
-_stack: list[str] = []
+_entries: list[_Entry] = []
 _fastpath_before = True
+
+
+def _current() -> Optional[_Entry]:
+    """The newest entry of this thread, else the newest of all: a patch is process-wide, its backend the thread's own."""
+    me = threading.get_ident()
+    return next((e for e in reversed(_entries) if e.thread == me), _entries[-1] if _entries else None)
 
 
 def _patched_sdpa(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ) -> Tensor:
-    backend = _stack[-1] if _stack else "auto"
+    entry = _current()
+    backend = "auto" if entry is None else entry.backend
     return _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend)
 
 
@@ -176,38 +194,54 @@ def report() -> PatchReport:
             "torch.backends.mha fast path -> off (nn.MultiheadAttention then calls the function above)",
             "not covered: names bound earlier by `from torch.nn.functional import ...`",
         )
-        active = bool(_stack)
-        return PatchReport(active, len(_stack), _stack[-1] if active else "auto", changes if active else ())
+        entry = _current()
+        if entry is None:
+            return PatchReport(False, 0, "auto", ())
+        return PatchReport(True, len(_entries), entry.backend, changes)
+
+
+def _push(backend: str) -> _Entry:
+    global _fastpath_before
+    check_name(backend)
+    entry = _Entry(backend, threading.get_ident())
+    with _lock:
+        if not _entries:
+            _fastpath_before = torch.backends.mha.get_fastpath_enabled()
+            torch.backends.mha.set_fastpath_enabled(False)
+            F.scaled_dot_product_attention = _patched_sdpa
+        _entries.append(entry)
+    return entry
+
+
+def _remove(entry: _Entry) -> None:
+    with _lock:
+        if entry in _entries:
+            _entries.remove(entry)
+            if not _entries:
+                F.scaled_dot_product_attention = _torch_sdpa
+                torch.backends.mha.set_fastpath_enabled(_fastpath_before)
 
 
 def enable(backend: str = "auto") -> PatchReport:
     """Replaces torch's scaled_dot_product_attention in this process until `disable`. Calls nest."""
-    global _fastpath_before
-    with _lock:
-        if not _stack:
-            _fastpath_before = torch.backends.mha.get_fastpath_enabled()
-            torch.backends.mha.set_fastpath_enabled(False)
-            F.scaled_dot_product_attention = _patched_sdpa
-        _stack.append(backend)
-        return report()
+    _push(backend)
+    return report()
 
 
 def disable() -> PatchReport:
-    """Undoes one `enable`; the last one restores torch's own function."""
+    """Undoes the newest `enable`; the last one restores torch's own function."""
     with _lock:
-        if _stack:
-            _stack.pop()
-            if not _stack:
-                F.scaled_dot_product_attention = _torch_sdpa
-                torch.backends.mha.set_fastpath_enabled(_fastpath_before)
+        entry = _current()
+        if entry is not None:
+            _remove(entry)
         return report()
 
 
 @contextmanager
 def patched(backend: str = "auto") -> Iterator[PatchReport]:
     """`with fastattn.patched():` enable inside, restore outside. The patch is process-wide while any thread is inside."""
-    entered = enable(backend)
+    entry = _push(backend)
     try:
-        yield entered
+        yield report()
     finally:
-        disable()
+        _remove(entry)

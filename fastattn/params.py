@@ -49,12 +49,13 @@ class SoftmaxCall(NamedTuple):
 def empty_like_layout(q: Tensor, last: int, dtype: Optional[torch.dtype] = None) -> Tensor:
     """Uninitialised [B, H, L, last] whose dimensions lie in memory in the order of q's (out follows q)."""
     B, H, L, _ = q.shape
-    stride_b, stride_h, stride_l, _ = q.stride()
+    strides = q.stride()
+    stride_b, stride_h, stride_l, _ = strides
     if stride_b >= stride_h >= stride_l:
         return q.new_empty((B, H, L, last), dtype=dtype)
     if stride_b >= stride_l >= stride_h:
         return q.new_empty((B, L, H, last), dtype=dtype).transpose(1, 2)
-    order = sorted(range(3), key=lambda dim: -q.stride(dim))
+    order = sorted(range(3), key=lambda dim: -strides[dim])
     inverse = [order.index(dim) for dim in range(3)]
     return q.new_empty([q.shape[dim] for dim in order] + [last], dtype=dtype).permute(*inverse, 3)
 

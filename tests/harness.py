@@ -36,7 +36,9 @@ class Result(NamedTuple):
 def why_not(backend: str, inputs: Inputs, **options) -> list[str]:
     q, k, v, mask, bias = inputs[:5]
     rows = fastattn.explain(q, k, v, mask=mask, bias=bias, backend=backend, **options).rows
-    return next((list(row.reasons) for row in rows if row.backend == backend), [f"{backend} does not run on {q.device}"])
+    return next(
+        (list(row.reasons) for row in rows if row.backend == backend), [f"{backend} does not run on {q.device}"]
+    )
 
 
 def need(backend: str, inputs: Inputs, **options) -> None:
@@ -52,7 +54,9 @@ def backward(out: Tensor, lse: Tensor, inputs: Inputs, leaves: list[Tensor | Non
     outputs = [(y, dy) for y, dy in outputs if y.requires_grad]
     if not outputs:  # a result that no input influences (Lk == 0) may be detached
         return [None if leaf is None else torch.zeros_like(leaf) for leaf in leaves]
-    found = iter(torch.autograd.grad([y for y, _ in outputs], wanted, [dy for _, dy in outputs], materialize_grads=True))
+    found = iter(
+        torch.autograd.grad([y for y, _ in outputs], wanted, [dy for _, dy in outputs], materialize_grads=True)
+    )
     return [None if leaf is None else next(found) for leaf in leaves]
 
 
@@ -102,7 +106,9 @@ def _weights(inputs: Inputs, case: Case, keep: Tensor | None, lse: Tensor) -> tu
     return p, kept
 
 
-def textbook(inputs: Inputs, case: Case, keep: Tensor | None, out: Tensor, lse: Tensor, magnitude: bool = False) -> Result:
+def textbook(
+    inputs: Inputs, case: Case, keep: Tensor | None, out: Tensor, lse: Tensor, magnitude: bool = False
+) -> Result:
     """Gradients by the formulas every fused kernel uses, densely: dS = P (dP - rowsum(dout out) + dlse).
 
     With `magnitude` every term enters by its absolute value: how much goes through the accumulators.
@@ -116,7 +122,9 @@ def textbook(inputs: Inputs, case: Case, keep: Tensor | None, out: Tensor, lse: 
     narrow, wide, groups = q.dtype, lse.dtype, (q.shape[0], k.shape[1], q.shape[1] // max(k.shape[1], 1))
     delta = (dout.to(wide) * out.to(wide)).sum(-1, keepdim=True)
     ds = p * (kept * (dout @ _repeated(v, q).mT).to(wide) + sign * delta + dlse[..., None])
-    dbias = None if bias is None else ds.sum_to_size((1,) * (4 - bias.dim()) + bias.shape).view(bias.shape).to(bias.dtype)
+    dbias = (
+        None if bias is None else ds.sum_to_size((1,) * (4 - bias.dim()) + bias.shape).view(bias.shape).to(bias.dtype)
+    )
     ds = (ds * scale).to(narrow)
     dk = (ds.mT @ q).view(*groups, *k.shape[2:]).sum(2)
     dv = ((p * kept).to(narrow).mT @ dout).view(*groups, *v.shape[2:]).sum(2)
@@ -136,7 +144,7 @@ class Expected(NamedTuple):
 
 
 def expect(inputs: Inputs, case: Case, keep: Tensor | None = None) -> Expected:
-    """The yardstick for out and gradients is the precision of `inputs`; for lse it is fp32, as promised."""
+    """The yardstick is the precision of `inputs`; an error of lse scales a row's weights, so it must stay well below it."""
     exact = cast(inputs, FP64)
     golden, low = reference(exact, case, keep), reference(inputs, case, keep)
     magnitude = textbook(exact, case, keep, golden.out, golden.lse, magnitude=True)
@@ -145,7 +153,7 @@ def expect(inputs: Inputs, case: Case, keep: Tensor | None = None) -> Expected:
     other = textbook(inputs, case, keep, low.out, low.lse)
     worse = [None if g is None else max(a, b, key=lambda x: max_error(x, g)) for g, a, b in zip(golden, low, other)]
     if inputs.q.dtype != FP32:
-        worse[1] = reference(cast(inputs, FP32), case, keep).lse
+        worse[1] = golden.lse + torch.finfo(inputs.q.dtype).eps / 16
     return Expected(golden, Result(*worse), magnitude)
 
 

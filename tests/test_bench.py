@@ -309,7 +309,7 @@ def test_gpt_notices_a_wrong_attention(monkeypatch):
 
     config = gpt.Config(layers=1, heads=2, d_model=32, context=64, batch=4, steps=10, chunk=5, generate=8)
     report = gpt.compare(config, broken, lambda line: None)
-    assert cli.failed({"results": [], "gpt": [report]})
+    assert cli.failed({"results": [], "memory": None, "gpt": [report]})
 
 
 def test_memory_of_a_long_call_is_measured_in_its_own_process():

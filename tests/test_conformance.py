@@ -9,19 +9,37 @@ from harness import BF16, FP16, FP32, FP64, all_backends, expect
 
 import fastattn
 import fastattn.dropin
-from fastattn.testing import GRAD_FACTOR, OUT_FACTOR, Case, Inputs, assert_close, dropout_mask, make, max_error, next_rng
+from fastattn.testing import (
+    GRAD_FACTOR,
+    OUT_FACTOR,
+    Case,
+    Inputs,
+    assert_close,
+    dropout_mask,
+    make,
+    max_error,
+    next_rng,
+)
 
 pytest.importorskip("expecttest", reason="torch's test suite needs expecttest")
-from torch.testing._internal.common_methods_invocations import op_db  # noqa: E402
-from torch.testing._internal.common_modules import module_db  # noqa: E402
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.common_modules import module_db
 
 OP = next(op for op in op_db if op.name == "nn.functional.scaled_dot_product_attention")
 SAMPLES = 25
-MODULES = ("TransformerEncoder", "TransformerEncoderLayer", "TransformerDecoderLayer", "Transformer", "MultiheadAttention")
+MODULES = (
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+    "TransformerDecoderLayer",
+    "Transformer",
+    "MultiheadAttention",
+)
 
 
 def need_dtype(backend, dtype):
-    reasons = next(r.reasons for r in fastattn.explain(*make(Case(), dtype)[:3], backend=backend).rows if r.backend == backend)
+    reasons = next(
+        r.reasons for r in fastattn.explain(*make(Case(), dtype)[:3], backend=backend).rows if r.backend == backend
+    )
     if reasons:
         pytest.skip(f"{backend}: {'; '.join(reasons)}")
 
@@ -69,7 +87,9 @@ def test_opinfo_sample(index, dtype, noncontiguous, backend):
 
     # Entries up to +-9 make sharp rows: the yardstick is the dense reference on the same sample in the same precision.
     narrow = [x.detach().to(dtype) for x in wide]
-    inputs = Inputs(*narrow, None, bias, dout, dout.new_zeros((B, H, q.shape[-2]), dtype=torch.promote_types(dtype, FP32)))
+    inputs = Inputs(
+        *narrow, None, bias, dout, dout.new_zeros((B, H, q.shape[-2]), dtype=torch.promote_types(dtype, FP32))
+    )
     case = Case(causal="top_left" if options["is_causal"] else False, dropout_p=p)
     reference = expect(inputs, case, keep)
     assert max_error(reference.golden.out, golden) < 1e-12

@@ -47,7 +47,9 @@ def agree(*args, tolerance=2e-6, **kwargs):
         results.append((out.detach(), *grads))
     for found, expected in zip(*results):
         assert found.shape == expected.shape and found.dtype == expected.dtype
-        assert max_error(found, expected) <= tolerance * max(1.0, float(expected.abs().max()) if expected.numel() else 1.0)
+        assert max_error(found, expected) <= tolerance * max(
+            1.0, float(expected.abs().max()) if expected.numel() else 1.0
+        )
     return results[0][0]
 
 
@@ -71,11 +73,15 @@ def test_one_key_head_broadcasts_without_enable_gqa():
     agree(*qkv(2, 2, 6, Hk=1), None, 0.0, True)
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 9, 13), (1, 3, 9, 13), (2, 1, 1, 13), (3, 9, 1), (9, 13), (1, 13), (9, 1), (13,), (1,)])
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 9, 13), (1, 3, 9, 13), (2, 1, 1, 13), (3, 9, 1), (9, 13), (1, 13), (9, 1), (13,), (1,)]
+)
 @pytest.mark.parametrize("kind", ["bool", "float"])
 def test_masks(shape, kind):
     """bool True = take part; float adds and has a gradient in its own shape. Rank 1 works too."""
-    mask = torch.rand(shape, generator=torch.Generator().manual_seed(5)) < 0.7 if kind == "bool" else randn(shape, FP32, 5)
+    mask = (
+        torch.rand(shape, generator=torch.Generator().manual_seed(5)) < 0.7 if kind == "bool" else randn(shape, FP32, 5)
+    )
     agree(*qkv(2, 3), mask)
 
 
@@ -168,7 +174,11 @@ def test_fully_masked_rows(kind):
     assert all(x.grad.isfinite().all() for x in (q, k, v)) and not q.grad[:, :, 3].any()
 
 
-@pytest.mark.parametrize("dims", [(0, 3, 9, 13, 8, 8), (2, 0, 9, 13, 8, 8), (2, 3, 0, 13, 8, 8), (2, 3, 9, 0, 8, 8), (2, 3, 9, 13, 8, 0)], ids=str)
+@pytest.mark.parametrize(
+    "dims",
+    [(0, 3, 9, 13, 8, 8), (2, 0, 9, 13, 8, 8), (2, 3, 0, 13, 8, 8), (2, 3, 9, 0, 8, 8), (2, 3, 9, 13, 8, 0)],
+    ids=str,
+)
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_empty(dims, is_causal):
     B, H, Lq, Lk, D, Dv = dims
@@ -271,7 +281,9 @@ def test_compile_of_patched_code():
     torch._dynamo.reset()
     q, k, v = qkv(2, 3)
     with fastattn.patched():
-        compiled = torch.compile(lambda *x: F.scaled_dot_product_attention(*x, is_causal=True), fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(
+            lambda *x: F.scaled_dot_product_attention(*x, is_causal=True), fullgraph=True, backend="aot_eager"
+        )
         assert max_error(compiled(q, k, v), torch_math(q, k, v, is_causal=True)) < 2e-6
     torch._dynamo.reset()
 

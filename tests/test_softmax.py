@@ -2,10 +2,25 @@
 
 import itertools
 import math
+import sys
 
 import pytest
 import torch
-from harness import BACKENDS, BF16, DEVICE, DTYPES, FP32, FP64, all_backends, all_dtypes, attend, check, need, why_not
+from harness import (
+    BACKENDS,
+    BF16,
+    DEVICE,
+    DTYPES,
+    FP32,
+    FP64,
+    all_backends,
+    all_dtypes,
+    assert_equal,
+    attend,
+    check,
+    need,
+    why_not,
+)
 
 import fastattn
 from fastattn.reference.softmax import softmax
@@ -157,6 +172,15 @@ def test_windows(window, causal, backend):
         assert torch.equal(result.lse == -torch.inf, ~visible.any(1).expand(1, 1, Lq))
         for name in ("out", "lse", "dq", "dk", "dv"):
             assert max_error(getattr(result, name), getattr(expected, name)) < 1e-5, (Lq, Lk, name)
+
+
+@all_backends
+@pytest.mark.parametrize("side", [10**6, 2**31, 2**32 + 1, sys.maxsize, 2**70], ids=str)
+def test_window_of_any_int(side, backend):
+    """Far beyond the sequence, and beyond what 32 or 64 bits hold: the same as unbounded."""
+    inputs = make(Case(Hk=2, Lq=40, Lk=20), FP32, device=DEVICE)
+    for window, plain in (((side, 1), (None, 1)), ((1, side), (1, None)), ((side, side), None)):
+        assert_equal(attend(inputs, backend, window=window), attend(inputs, backend, window=plain), str(window))
 
 
 SCALES = (0.0, -0.5, 1e-320, 1e-30, 1.0, 3.7, -1e-3)

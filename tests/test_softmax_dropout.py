@@ -36,7 +36,9 @@ def test_philox_known_answers(counter, key, expected):
     assert tuple(int(w) for w in words) == expected == tuple(philox_scalar(counter, key))
 
 
-@pytest.mark.parametrize("seed, offset", [(0, 0), (1, 2), (0x0123456789ABCDEF, 7), (2**63 + 5, 2**32 - 1), (-1, 2**40 + 3)])
+@pytest.mark.parametrize(
+    "seed, offset", [(0, 0), (1, 2), (0x0123456789ABCDEF, 7), (2**63 + 5, 2**32 - 1), (-1, 2**40 + 3)]
+)
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.75])
 def test_mask_follows_the_definition(seed, offset, p):
     """counter (j // 4, i, b * Hq + h, offset), key = seed, lane j % 4, keep iff u32 >= p * 2^32."""
@@ -62,7 +64,9 @@ def observed_mask(backend, B, Hq, Lq, Lk, p, dtype=FP32, Hk=None):
 
 @all_backends
 @all_dtypes
-@pytest.mark.parametrize("B, Hq, Hk, Lq, Lk", [(1, 1, 1, 1, 1), (2, 4, 2, 70, 131), (3, 2, 1, 5, 64), (1, 8, 2, 1, 400)])
+@pytest.mark.parametrize(
+    "B, Hq, Hk, Lq, Lk", [(1, 1, 1, 1, 1), (2, 4, 2, 70, 131), (3, 2, 1, 5, 64), (1, 8, 2, 1, 400)]
+)
 def test_bits_are_the_exported_mask(B, Hq, Hk, Lq, Lk, dtype, backend):
     """Every backend, tiling and dtype drops exactly the weights that dropout_mask names."""
     for p, seed in ((0.1, 3), (0.5, 4), (0.9, 5)):
@@ -131,7 +135,11 @@ def test_keep_rate_within_five_sigma(backend):
     within(keep.mean((2, 3)), Lq * Lk)
     within(keep.unflatten(3, (-1, 4)).mean((0, 1, 2, 3)), keep.numel() // 4)
     centred = keep - (1 - p)
-    for a, b in ((centred[..., 1:], centred[..., :-1]), (centred[:, :, 1:], centred[:, :, :-1]), (centred[:, 1:], centred[:, :-1])):
+    for a, b in (
+        (centred[..., 1:], centred[..., :-1]),
+        (centred[:, :, 1:], centred[:, :, :-1]),
+        (centred[:, 1:], centred[:, :-1]),
+    ):
         assert abs(float((a * b).mean())) <= 5 * sigma**2 / a.numel() ** 0.5
 
 

@@ -4,7 +4,20 @@ import itertools
 
 import pytest
 import torch
-from harness import BF16, DEVICE, FP32, FP64, all_backends, all_dtypes, attend, check_inputs, check_seeds, need, problem, why_not
+from harness import (
+    BF16,
+    DEVICE,
+    FP32,
+    FP64,
+    all_backends,
+    all_dtypes,
+    attend,
+    check_inputs,
+    check_seeds,
+    need,
+    problem,
+    why_not,
+)
 
 import fastattn
 from fastattn.testing import Case, cast, make, max_error, relayout
@@ -13,7 +26,9 @@ FULL = Case(Hk=2, Lq=40, Lk=70, D=24, Dv=16, causal=True, mask="b11k", bias="1h1
 
 
 @all_backends
-@pytest.mark.parametrize("wanted", itertools.product((False, True), repeat=4), ids=lambda w: "".join("01"[x] for x in w))
+@pytest.mark.parametrize(
+    "wanted", itertools.product((False, True), repeat=4), ids=lambda w: "".join("01"[x] for x in w)
+)
 def test_every_subset_of_requires_grad(wanted, backend):
     """Only what is asked for, bit for bit what the full backward gives (only bias: torch reads a null lse, #148476)."""
     inputs, _ = problem(FULL, FP32)
@@ -105,7 +120,25 @@ def test_gradients_are_linear_in_the_upstream_gradient(backend):
         assert getattr(once, name).abs().max() > 1e-3
 
 
-BIAS_SHAPES = ["bhqk", "1hqk", "b1qk", "11qk", "hqk", "qk", "k", "1k", "q1", "b11k", "1h1k", "1h11", "bh1k", "bhq1", "b111", "1111", "1"]
+BIAS_SHAPES = [
+    "bhqk",
+    "1hqk",
+    "b1qk",
+    "11qk",
+    "hqk",
+    "qk",
+    "k",
+    "1k",
+    "q1",
+    "b11k",
+    "1h1k",
+    "1h11",
+    "bh1k",
+    "bhq1",
+    "b111",
+    "1111",
+    "1",
+]
 
 
 @all_backends

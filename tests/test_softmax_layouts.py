@@ -35,7 +35,9 @@ def test_layout_does_not_change_the_result(layout, dtype, backend):
         if backend == "native":
             assert torch.equal(getattr(result, name), getattr(plain, name)), name
         else:
-            torch.testing.assert_close(getattr(result, name), getattr(plain, name), atol=2e-2 if dtype != FP32 else 1e-5, rtol=0)
+            torch.testing.assert_close(
+                getattr(result, name), getattr(plain, name), atol=2e-2 if dtype != FP32 else 1e-5, rtol=0
+            )
 
 
 @all_backends
@@ -99,6 +101,18 @@ def test_inputs_are_not_written(dtype, backend):
     attend(type(inputs)(*framed), backend)
     for name, (frame, before) in zip(inputs._fields, frames):
         assert torch.equal(frame, before), name
+
+
+@all_backends
+def test_lazily_negated_inputs(backend):
+    """x.conj().imag is a real view whose memory holds the opposite sign."""
+    inputs = make(CASE, FP32, device=DEVICE)
+    need(backend, inputs, **CASE.options())
+    lazy = inputs._replace(
+        **{n: torch.complex(x, -x).conj().imag for n in ("q", "k", "v") for x in [getattr(inputs, n)]}
+    )
+    assert lazy.q.is_neg()
+    check_inputs(lazy, CASE, backend)
 
 
 @all_backends

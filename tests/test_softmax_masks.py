@@ -159,7 +159,11 @@ def test_bias_of_finfo_min(dtype, backend):
     assert not result.out[:, :, 7].any() and (result.lse[:, :, 7] == -torch.inf).all()
     ordinary = torch.tensor([i for i in range(40) if i not in (5, 6, 7)], device=DEVICE)
     short = fastattn.attention(
-        inputs.q[:, :, ordinary], inputs.k[:, :, :50], inputs.v[:, :, :50], bias=bias[ordinary, :50], backend="reference"
+        inputs.q[:, :, ordinary],
+        inputs.k[:, :, :50],
+        inputs.v[:, :, :50],
+        bias=bias[ordinary, :50],
+        backend="reference",
     )
     assert max_error(result.out[:, :, ordinary], short) < {FP32: 1e-5}.get(dtype, 2e-2)
 
@@ -217,7 +221,9 @@ def test_keys_hidden_by_bias_may_hold_nan(backend):
     inputs = inputs._replace(bias=bias)
     need(backend, inputs)
     expected = attend(inputs, backend)
-    result = attend(inputs._replace(k=inputs.k.masked_fill(at, torch.nan), v=inputs.v.masked_fill(at, torch.nan)), backend)
+    result = attend(
+        inputs._replace(k=inputs.k.masked_fill(at, torch.nan), v=inputs.v.masked_fill(at, torch.nan)), backend
+    )
     for name in ("out", "lse", "dq", "dk", "dv", "dbias"):
         assert torch.equal(getattr(result, name), getattr(expected, name)), name
 

@@ -4,7 +4,20 @@ import math
 
 import pytest
 import torch
-from harness import BF16, DEVICE, FP16, FP32, FP64, all_backends, all_dtypes, assert_equal, attend, check_inputs, need, problem
+from harness import (
+    BF16,
+    DEVICE,
+    FP16,
+    FP32,
+    FP64,
+    all_backends,
+    all_dtypes,
+    assert_equal,
+    attend,
+    check_inputs,
+    need,
+    problem,
+)
 
 import fastattn
 from fastattn.testing import RMS_LIMIT, Case, cast, make, max_error, rms_ratio
@@ -22,7 +35,12 @@ def constant_logits(case, dtype, value):
 
 
 # fp16 holds roots up to 65504, hence logits up to 4e9.
-BIG = [(v, d) for v in (1e2, -1e2, 90.0, -90.0, -2.45e5, 1e30, -1e30) for d in (FP32, BF16, FP16) if d != FP16 or abs(v) < 1e9]
+BIG = [
+    (v, d)
+    for v in (1e2, -1e2, 90.0, -90.0, -2.45e5, 1e30, -1e30)
+    for d in (FP32, BF16, FP16)
+    if d != FP16 or abs(v) < 1e9
+]
 
 
 @all_backends
@@ -81,7 +99,9 @@ def test_first_tiles_hidden_and_logits_all_negative(hidden, dtype, backend):
         mean = inputs.v[:, :, hidden:].double().mean(2, keepdim=True).expand_as(result.out)
         assert max_error(result.out, mean) < {FP32: 1e-6, FP16: 1e-3, BF16: 8e-3}[dtype]
         expected_lse = float(inputs.q[0, 0, 0, 0].double() * inputs.k[0, 0, 0, 0].double()) + math.log(170 - hidden)
-        assert max_error(result.lse, torch.full_like(result.lse, expected_lse)) < (2e-4 if backend != "reference" else 5)
+        assert max_error(result.lse, torch.full_like(result.lse, expected_lse)) < (
+            2e-4 if backend != "reference" else 5
+        )
 
 
 @all_backends

@@ -5,20 +5,53 @@ namespace py = pybind11;
 namespace fastattn {
 namespace {
 
-DType dtype_of(py::handle tensor, const char* name) {
-    // torch.dtype objects are singletons: the strings are looked up once.
-    static PyObject* known[4] = {};
-    if (!known[0]) {
+// Attribute names and dtype objects, made once: looking a tensor up is most of the cost of a small call.
+struct Names {
+    PyObject *is_cpu, *dtype, *shape, *stride, *data_ptr, *dtypes[4];
+    Names() {
+        is_cpu = PyUnicode_InternFromString("is_cpu");
+        dtype = PyUnicode_InternFromString("dtype");
+        shape = PyUnicode_InternFromString("shape");
+        stride = PyUnicode_InternFromString("stride");
+        data_ptr = PyUnicode_InternFromString("data_ptr");
         const py::module_ torch = py::module_::import("torch");
         const char* names[] = {"float32", "bfloat16", "float16", "bool"};
-        for (int i = 3; i >= 0; --i) known[i] = py::object(torch.attr(names[i])).release().ptr();
+        for (int i = 0; i < 4; ++i) dtypes[i] = py::object(torch.attr(names[i])).release().ptr();
     }
-    const py::object dtype = tensor.attr("dtype");
+};
+
+const Names& known() {
+    static const Names* names = new Names;
+    return *names;
+}
+
+py::object checked(PyObject* result) {
+    if (!result) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(result);
+}
+
+py::object get(py::handle tensor, PyObject* name, const char* argument) {
+    PyObject* result = PyObject_GetAttr(tensor.ptr(), name);
+    if (!result) {
+        PyErr_Clear();
+        throw py::type_error(std::string(argument) + " must be a torch.Tensor");
+    }
+    return py::reinterpret_steal<py::object>(result);
+}
+
+DType dtype_of(py::handle tensor, const char* name) {
+    const py::object dtype = get(tensor, known().dtype, name);
     for (int i = 0; i < 4; ++i) {
-        if (dtype.ptr() == known[i]) return static_cast<DType>(i);
+        if (dtype.ptr() == known().dtypes[i]) return static_cast<DType>(i);
     }
     throw py::type_error(std::string(name) + " has dtype " + std::string(py::str(dtype)) +
                          "; the native kernels take float32, bfloat16, float16, and bool for masks");
+}
+
+int64_t item(const py::object& tuple, int i) {
+    const long long value = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), i));
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return value;
 }
 
 }  // namespace
@@ -29,24 +62,23 @@ TensorView view_of(py::handle tensor, const char* name, int dims, bool optional)
         if (!optional) refuse(std::string(name) + " is required");
         return view;
     }
-    if (!py::hasattr(tensor, "data_ptr") || !py::hasattr(tensor, "stride")) {
+    if (get(tensor, known().is_cpu, name).ptr() != Py_True) refuse(std::string(name) + " must be a CPU tensor");
+    view.dtype = dtype_of(tensor, name);
+    const py::object shape = get(tensor, known().shape, name);
+    const py::object strides = checked(PyObject_CallMethodNoArgs(tensor.ptr(), known().stride));
+    if (!PyTuple_Check(shape.ptr()) || !PyTuple_Check(strides.ptr()) ||
+        PyTuple_GET_SIZE(shape.ptr()) != PyTuple_GET_SIZE(strides.ptr())) {
         throw py::type_error(std::string(name) + " must be a torch.Tensor");
     }
-    if (!tensor.attr("is_cpu").cast<bool>()) refuse(std::string(name) + " must be a CPU tensor");
-    if (!tensor.attr("layout").is(py::module_::import("torch").attr("strided"))) {
-        refuse(std::string(name) + " must be a dense strided tensor");
-    }
-    const py::tuple shape = tensor.attr("shape"), strides = tensor.attr("stride")();
-    if (static_cast<int>(shape.size()) != dims) {
+    if (PyTuple_GET_SIZE(shape.ptr()) != dims) {
         refuse(std::string(name) + " must have " + std::to_string(dims) + " dimensions, got " +
-               std::string(py::str(tensor.attr("shape"))));
+               std::string(py::str(shape)));
     }
-    view.dtype = dtype_of(tensor, name);
     bool empty = false;
     for (int i = 0; i < 4; ++i) view.size[i] = 1;
     int64_t span = 0;
     for (int i = 0; i < dims; ++i) {
-        const int64_t size = shape[i].cast<int64_t>(), stride = strides[i].cast<int64_t>();
+        const int64_t size = item(shape, i), stride = item(strides, i);
         int64_t reach;
         if (size < 0 || stride < 0) refuse(std::string(name) + " has a negative size or stride");
         if (__builtin_mul_overflow(size > 0 ? size - 1 : 0, stride, &reach) ||
@@ -60,7 +92,9 @@ TensorView view_of(py::handle tensor, const char* name, int dims, bool optional)
     if (__builtin_mul_overflow(span + 1, element_size(view.dtype), &span)) {
         refuse(std::string(name) + " spans more than 2^63 bytes");
     }
-    view.data = reinterpret_cast<char*>(tensor.attr("data_ptr")().cast<uintptr_t>());
+    const py::object address = checked(PyObject_CallMethodNoArgs(tensor.ptr(), known().data_ptr));
+    view.data = static_cast<char*>(PyLong_AsVoidPtr(address.ptr()));
+    if (!view.data && PyErr_Occurred()) throw py::error_already_set();
     if (!view.data) {
         if (!empty) refuse(std::string(name) + " has no storage (freed or never allocated)");
         // An empty tensor is present, though it has no memory: the address is never read.

@@ -36,12 +36,15 @@ struct Segment {
 
 enum class Store { kWrite, kAdd, kRescale };  // C = AB, C += AB, C = decay[r] * C + AB
 
+// Unrolled early, the accumulators are registers from the start; else GCC gives them a home on the stack as well.
+#define FASTATTN_UNROLL _Pragma("GCC unroll 16")
+
 template <class Math, int R, int N, Store store>
 inline void register_tile(const Rows& x, const Segment* segments, int count, const float* b, float* c, int64_t ldc,
                           const float* decay) {
     Vec acc[R][N];
-    for (int r = 0; r < R; ++r) {
-        for (int n = 0; n < N; ++n) {
+    FASTATTN_UNROLL for (int r = 0; r < R; ++r) {
+        FASTATTN_UNROLL for (int n = 0; n < N; ++n) {
             acc[r][n] = store == Store::kWrite ? vzero() : vload(c + r * ldc + n * W);
             if (store == Store::kRescale) acc[r][n] = vmul(acc[r][n], vset(decay[r]));
         }
@@ -50,56 +53,59 @@ inline void register_tile(const Rows& x, const Segment* segments, int count, con
     for (int i = 0; i < count; ++i) {
         // One pointer for every third row: base + {0, 1, 2} * row are addressing modes.
         const float* a[(R + 2) / 3];
-        for (int r = 0; r < R; r += 3) a[r / 3] = x.a + segments[i].a_at * step + r * row;
+        FASTATTN_UNROLL for (int r = 0; r < R; r += 3) a[r / 3] = x.a + segments[i].a_at * step + r * row;
         const float* bs = b + segments[i].b_at * (N * W);
         for (int64_t s = segments[i].steps; s > 0; --s) {
             Vec bv[N];
-            for (int n = 0; n < N; ++n) bv[n] = vload(bs + n * W);
-            for (int r = 0; r < R; ++r) {
+            FASTATTN_UNROLL for (int n = 0; n < N; ++n) bv[n] = vload(bs + n * W);
+            FASTATTN_UNROLL for (int r = 0; r < R; ++r) {
                 const Vec av = vset(a[r / 3][r % 3 * row]);
-                for (int n = 0; n < N; ++n) acc[r][n] = Math::dot(av, bv[n], acc[r][n]);
+                FASTATTN_UNROLL for (int n = 0; n < N; ++n) acc[r][n] = Math::dot(av, bv[n], acc[r][n]);
             }
-            for (int r = 0; r < R; r += 3) a[r / 3] += step;
+            FASTATTN_UNROLL for (int r = 0; r < R; r += 3) a[r / 3] += step;
             bs += N * W;
         }
     }
-    for (int r = 0; r < R; ++r) {
-        for (int n = 0; n < N; ++n) vstore(c + r * ldc + n * W, acc[r][n]);
+    FASTATTN_UNROLL for (int r = 0; r < R; ++r) {
+        FASTATTN_UNROLL for (int n = 0; n < N; ++n) vstore(c + r * ldc + n * W, acc[r][n]);
     }
 }
+#undef FASTATTN_UNROLL
 
-template <class Math, int N, Store store>
+template <class Math, int N, Store store, int kHeight>
 inline void tile_rows(int rows, Rows x, const Segment* segments, int count, const float* b, float* c, int64_t ldc,
                       const float* decay) {
-    for (; rows >= kTileRows; rows -= kTileRows) {
-        register_tile<Math, kTileRows, N, store>(x, segments, count, b, c, ldc, decay);
-        x.a += kTileRows * x.row;
-        c += kTileRows * ldc;
-        if (store == Store::kRescale) decay += kTileRows;
+    for (; rows >= kHeight; rows -= kHeight) {
+        register_tile<Math, kHeight, N, store>(x, segments, count, b, c, ldc, decay);
+        x.a += kHeight * x.row;
+        c += kHeight * ldc;
+        if (store == Store::kRescale) decay += kHeight;
     }
-#define FASTATTN_TILE(R)                                                                               \
-    case R:                                                                                            \
-        if constexpr (R < kTileRows) register_tile<Math, R, N, store>(x, segments, count, b, c, ldc, decay); \
+#define FASTATTN_TILE(R)                                                                                   \
+    case R:                                                                                                \
+        if constexpr (R < kHeight) register_tile<Math, R, N, store>(x, segments, count, b, c, ldc, decay); \
         break;
     switch (rows) {
         FASTATTN_TILE(1) FASTATTN_TILE(2) FASTATTN_TILE(3) FASTATTN_TILE(4)
-        FASTATTN_TILE(5) FASTATTN_TILE(6) FASTATTN_TILE(7)
+        FASTATTN_TILE(5) FASTATTN_TILE(6) FASTATTN_TILE(7) FASTATTN_TILE(8)
+        FASTATTN_TILE(9) FASTATTN_TILE(10) FASTATTN_TILE(11)
         default:
             break;
     }
 #undef FASTATTN_TILE
 }
 
+// kHeight is the rows of a register tile.
 // C [rows, vecs * W] with B packed as panels of kPanel columns [panel][b_steps][kPanel]; an odd last Vec is a panel of W.
-template <class Math, Store store>
+template <class Math, Store store, int kHeight = kTileRows>
 inline void gemm(int rows, int vecs, const Rows& x, const Segment* segments, int count, const float* b, int64_t b_steps,
                  float* c, int64_t ldc, const float* decay = nullptr) {
     for (; vecs >= 2; vecs -= 2) {
-        tile_rows<Math, 2, store>(rows, x, segments, count, b, c, ldc, decay);
+        tile_rows<Math, 2, store, kHeight>(rows, x, segments, count, b, c, ldc, decay);
         b += b_steps * kPanel;
         c += kPanel;
     }
-    if (vecs) tile_rows<Math, 1, store>(rows, x, segments, count, b, c, ldc, decay);
+    if (vecs) tile_rows<Math, 1, store, kHeight>(rows, x, segments, count, b, c, ldc, decay);
 }
 
 }  // namespace FASTATTN_ISA

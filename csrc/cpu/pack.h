@@ -14,13 +14,33 @@ struct Source {
     const uint64_t* seen = nullptr;  // the word of rows 64 * seen_from and on comes first
     int64_t first = 0, last = kUnbounded, seen_from = 0;
 
-    bool visible(int64_t r) const { return r >= first && r < last && (!seen || (seen[(r >> 6) - seen_from] >> (r & 63) & 1)); }
+    bool visible(int64_t r) const {
+        return r >= first && r < last && (!seen || (seen[(r >> 6) - seen_from] >> (r & 63) & 1));
+    }
+    bool all_visible(int64_t r, int64_t n) const {
+        bool all = r >= first && r + n <= last;
+        for (int64_t i = 0; seen && all && i < n; ++i) all = visible(r + i);
+        return all;
+    }
     const char* at(int64_t r) const { return data + r * row * element_size(dtype); }
     Vec load(int64_t r, int64_t c, int n) const { return load_floats(at(r), dtype, c, col, n); }
 };
 
 inline Source source_of(const TensorView& t, int64_t b, int64_t h) {
     return {t.row(b, h, 0), t.dtype, t.stride[2], t.stride[3]};
+}
+
+// Calls body with a function (row address, column) -> W consecutive elements as floats, chosen once for the dtype.
+template <class Body>
+inline void with_loader(DType dtype, Body&& body) {
+    switch (dtype) {
+        case DType::kBFloat16:
+            return body([](const char* row, int64_t c) { return load_bf16(reinterpret_cast<const uint16_t*>(row) + c); });
+        case DType::kFloat16:
+            return body([](const char* row, int64_t c) { return load_fp16(reinterpret_cast<const uint16_t*>(row) + c); });
+        default:
+            return body([](const char* row, int64_t c) { return vload(reinterpret_cast<const float*>(row) + c); });
+    }
 }
 
 template <class Math>
@@ -67,20 +87,53 @@ inline void pack_rows(const Source& x, int64_t r0, int64_t n, int64_t cols, floa
     }
 }
 
+// Columns [u, u + W) of W rows as units, transposed, to rows of `out`.
+template <class Load>
+inline void transpose_block(int64_t rows, float* out, Load&& load) {
+    Vec block[W];
+    for (int i = 0; i < W; ++i) block[i] = load(i);
+    transpose(block);
+    if (rows == W) {
+        for (int i = 0; i < W; ++i) vstore(out + i * kPanel, block[i]);
+    } else {
+        for (int64_t i = 0; i < rows; ++i) vstore(out + i * kPanel, block[i]);
+    }
+}
+
 // B operand of a product summed over columns: rows [r0, r0 + n) become the columns of one panel [units][kPanel], n <= kPanel.
 template <class Math>
 inline void pack_transposed(const Source& x, int64_t r0, int64_t n, int64_t cols, float* out) {
     const int64_t count = units<Math>(cols);
     for (int half = 0; half < 2; ++half) {
-        for (int64_t u = 0; u < count; u += W) {
-            Vec block[W];
-            for (int i = 0; i < W; ++i) {
-                const int64_t r = half * W + i;
-                block[i] = r < n && x.visible(r0 + r) ? load_units<Math>(x, r0 + r, u, cols) : vzero();
+        const int64_t first = r0 + half * W;
+        const bool whole = n >= (half + 1) * W && x.col == 1 && x.all_visible(first, W);
+        int64_t u = 0;
+        if (whole) {
+            const char* rows = x.at(first);
+            const int64_t step = x.row * element_size(x.dtype);
+            if constexpr (Math::kPair == 1) {
+                with_loader(x.dtype, [&](auto load) {
+                    for (; u + W <= cols; u += W) {
+                        transpose_block(W, out + u * kPanel + half * W, [&](int i) {
+                            // Strided reads defeat the hardware prefetcher: ask for the panel after this one.
+                            __builtin_prefetch(rows + (i + kPanel) * step + u * element_size(x.dtype), 0, 2);
+                            return load(rows + i * step, u);
+                        });
+                    }
+                });
+            } else {
+                for (; 2 * (u + W) <= cols; u += W) {
+                    transpose_block(W, out + u * kPanel + half * W, [&](int i) {
+                        __builtin_prefetch(rows + (i + kPanel) * step + 4 * u, 0, 2);
+                        return vload(rows + i * step + 4 * u);
+                    });
+                }
             }
-            transpose(block);
-            const int64_t rows = least<int64_t>(W, count - u);
-            for (int64_t i = 0; i < rows; ++i) vstore(out + (u + i) * kPanel + half * W, block[i]);
+        }
+        for (; u < count; u += W) {
+            transpose_block(least<int64_t>(W, count - u), out + u * kPanel + half * W, [&](int i) {
+                return half * W + i < n && x.visible(first + i) ? load_units<Math>(x, first + i, u, cols) : vzero();
+            });
         }
     }
 }
@@ -90,31 +143,44 @@ inline void pack_transposed(const Source& x, int64_t r0, int64_t n, int64_t cols
 template <class Math>
 inline void pack_summed(const Source& x, int64_t r0, int64_t n, int64_t cols, float* out, int64_t b_steps, int64_t at) {
     const int64_t vecs = ceil_div(cols, W), count = units<Math>(n);
-    for (int64_t s = 0; s < count; ++s) {
-        const int64_t r = r0 + s * Math::kPair;
-        const bool even = x.visible(r), odd = Math::kPair == 2 && s * 2 + 1 < n && x.visible(r + 1);
-        for (int64_t c = 0; c < vecs; ++c) {
-            const int64_t width = c / 2 * 2 + 1 == vecs ? W : kPanel;
-            const int lanes_left = static_cast<int>(least<int64_t>(W, cols - c * W));
-            Vec a;
-            if constexpr (Math::kPair == 1) {
-                a = even ? x.load(r, c * W, lanes_left) : vzero();
-            } else {
-#ifdef FASTATTN_HAS_BF16_DOT
-                const __m256i zero = _mm256_setzero_si256();
-                const bool direct = x.col == 1 && lanes_left == W;
-                const auto bits = [&](int64_t row) {
-                    const uint16_t* p = reinterpret_cast<const uint16_t*>(x.at(row)) + c * W;
-                    return direct ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))
-                                  : bf16_bits(x.load(row, c * W, lanes_left));
-                };
-                const __m512i low = _mm512_cvtepu16_epi32(even ? bits(r) : zero);
-                const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd ? bits(r + 1) : zero), 16);
-                a = _mm512_castsi512_ps(_mm512_or_si512(low, high));
-#endif
+    const int64_t direct = x.col == 1 && x.all_visible(r0, n) ? cols / W : 0, step = x.row * element_size(x.dtype);
+    const auto target = [=](int64_t s, int64_t c) {
+        const int64_t width = c / 2 * 2 + 1 == vecs ? W : kPanel;
+        return out + c / 2 * kPanel * b_steps + (at + s) * width + c % 2 * W;
+    };
+    if constexpr (Math::kPair == 1) {
+        with_loader(x.dtype, [&](auto load) {
+            for (int64_t s = 0; s < count && direct; ++s) {
+                const char* row = x.at(r0 + s);
+                for (int64_t c = 0; c < direct; ++c) vstore(target(s, c), load(row, c * W));
             }
-            vstore(out + c / 2 * kPanel * b_steps + (at + s) * width + c % 2 * W, a);
+        });
+        for (int64_t s = 0; s < count; ++s) {
+            const bool visible = x.visible(r0 + s);
+            for (int64_t c = direct; c < vecs; ++c) {
+                const int lanes_left = static_cast<int>(least<int64_t>(W, cols - c * W));
+                vstore(target(s, c), visible ? x.load(r0 + s, c * W, lanes_left) : vzero());
+            }
         }
+    } else {
+#ifdef FASTATTN_HAS_BF16_DOT
+        for (int64_t s = 0; s < count; ++s) {
+            const int64_t r = r0 + 2 * s;
+            const bool has_odd = 2 * s + 1 < n, even = x.visible(r), odd = has_odd && x.visible(r + 1);
+            const char* row = x.at(r);
+            for (int64_t c = 0; c < vecs; ++c) {
+                if (c < direct) {
+                    const __m256i* p = reinterpret_cast<const __m256i*>(row + c * W * 2);
+                    const __m256i* q = reinterpret_cast<const __m256i*>(row + step + c * W * 2);
+                    vstore(target(s, c), pair_bits(_mm256_loadu_si256(p), has_odd ? _mm256_loadu_si256(q) : __m256i{}));
+                    continue;
+                }
+                const int lanes_left = static_cast<int>(least<int64_t>(W, cols - c * W));
+                vstore(target(s, c), pair_bf16(even ? x.load(r, c * W, lanes_left) : vzero(),
+                                               odd ? x.load(r + 1, c * W, lanes_left) : vzero()));
+            }
+        }
+#endif
     }
 }
 

@@ -184,7 +184,7 @@ class Backward {
         if (g_.dv) pack_summed<Math>(drows, q.i0, q.rows, p_.Dv(), x.o_summed, steps(), 0);
 
         float row_sums[Sizes::kQueries] = {};
-        uint32_t used[kMaxPanels] = {};  // row groups of each panel that see anything
+        uint64_t used[kMaxPanels] = {};  // row groups of each panel that see anything
         for (int64_t panel = 0; panel < sizes_.panels;) {
             const int64_t tile = (n * sizes_.keys + panel * kPanel) / kTile;
             const int64_t end = panel + kTile / kPanel;
@@ -198,7 +198,7 @@ class Backward {
             }
             for (; panel < end; ++panel) {
                 bool masked = bool(p_.bias);
-                used[panel] = cover == BackwardSight::kAll ? ~uint32_t{0} >> (32 - groups(q)) : seen_groups(x, q, panel, masked);
+                used[panel] = cover == BackwardSight::kAll ? ~uint64_t{0} >> (64 - groups(q)) : seen_groups(x, q, panel, masked);
                 if (used[panel]) key_panel(x, q, n, panel, used[panel], masked, row_sums);
             }
         }
@@ -206,50 +206,50 @@ class Backward {
     }
 
     static constexpr int64_t steps() { return Sizes::kQueries / Math::kPair; }
-    static int groups(const Queries& q) { return (q.rows + kTileRows - 1) / kTileRows; }
+    static int groups(const Queries& q) { return (q.rows + kTall - 1) / kTall; }
     static int shift_of(int64_t panel) { return static_cast<int>(panel * kPanel % kTile); }
 
     // Row groups that see some key of the panel; `masked` if one of them does not see all.
-    uint32_t seen_groups(const Buffers& x, const Queries& q, int64_t panel, bool& masked) const {
+    uint64_t seen_groups(const Buffers& x, const Queries& q, int64_t panel, bool& masked) const {
         const uint64_t all = ~uint64_t{0} >> (64 - kPanel) << shift_of(panel);
-        uint32_t found = 0;
-        for (int g = 0; g * kTileRows < q.rows; ++g) {
+        uint64_t found = 0;
+        for (int g = 0; g * kTall < q.rows; ++g) {
             uint64_t any = 0, every = all;
-            for (int r = g * kTileRows; r < least(q.rows, (g + 1) * kTileRows); ++r) {
+            for (int r = g * kTall; r < least(q.rows, (g + 1) * kTall); ++r) {
                 any |= x.visible[r];
                 every &= x.visible[r];
             }
             if (!(any & all)) continue;
-            found |= uint32_t{1} << g;
+            found |= uint64_t{1} << g;
             masked |= every != all;
         }
         return found;
     }
 
     // One panel of keys: scores to weights and their gradients, strip by strip, then what they add to dV and dK.
-    void key_panel(Buffers& x, const Queries& q, int64_t n, int64_t panel, uint32_t used, bool masked, float* row_sums) const {
+    void key_panel(Buffers& x, const Queries& q, int64_t n, int64_t panel, uint64_t used, bool masked, float* row_sums) const {
         constexpr int kMaxRuns = Sizes::kGroups / 2 + 1;
         Segment runs[kMaxRuns];
         int count = 0;
-        for (uint32_t left = used; left;) {
-            const int first = __builtin_ctz(left), length = __builtin_ctz(~(left >> first));
-            left &= length + first == 32 ? 0 : ~uint32_t{0} << (first + length);
-            const int r1 = least(q.rows, (first + length) * kTileRows);
-            for (int r = first * kTileRows; r < r1; r += kStrip) {
+        for (uint64_t left = used; left;) {
+            const int first = __builtin_ctzll(left), length = __builtin_ctzll(~(left >> first));
+            left &= ~uint64_t{0} << (first + length);
+            const int r1 = least(q.rows, (first + length) * kTall);
+            for (int r = first * kTall; r < r1; r += kStrip) {
                 strip(x, q, n, panel, r, least(kStrip, r1 - r), masked, row_sums);
             }
-            const int64_t at = first * kTileRows / Math::kPair;
+            const int64_t at = first * kTall / Math::kPair;
             runs[count++] = {at, at, units<Math>(r1) - at};
         }
         const int64_t key = panel * kPanel;
         const int keys = static_cast<int>(least<int64_t>(kPanel, p_.Lk() - n * sizes_.keys - key));
         const float* dscores = Math::kPair == 1 ? x.dscores_by_key + panel * Sizes::kQueries * kPanel : x.dscores;
         if (g_.dv) {
-            gemm<Math, Store::kAdd>(keys, static_cast<int>(sizes_.dv_vecs), {x.weights, 1, kPanel}, runs, count, x.o_summed,
+            gemm<Math, Store::kAdd, kTall>(keys, static_cast<int>(sizes_.dv_vecs), {x.weights, 1, kPanel}, runs, count, x.o_summed,
                                     steps(), x.dv + key * sizes_.ld_dv, sizes_.ld_dv);
         }
         if (g_.dk) {
-            gemm<Math, Store::kAdd>(keys, static_cast<int>(sizes_.d_vecs), {dscores, 1, kPanel}, runs, count, x.q_summed,
+            gemm<Math, Store::kAdd, kTall>(keys, static_cast<int>(sizes_.d_vecs), {dscores, 1, kPanel}, runs, count, x.q_summed,
                                     steps(), x.dk + key * sizes_.ld_d, sizes_.ld_d);
         }
     }
@@ -274,10 +274,10 @@ class Backward {
             s.dscores = x.dscores + r0 / Math::kPair * kPanel;
         }
         const Segment d{0, 0, sizes_.d_units}, dv{0, 0, sizes_.dv_units};
-        gemm<Math, Store::kWrite>(rows, 2, {x.q + r0 * sizes_.ld_q, sizes_.ld_q, 1}, &d, 1,
+        gemm<Math, Store::kWrite, kTall>(rows, 2, {x.q + r0 * sizes_.ld_q, sizes_.ld_q, 1}, &d, 1,
                                   x.k_columns + panel * kPanel * sizes_.d_units, sizes_.d_units, s.scores, kPanel);
         if (needs_ds_) {
-            gemm<Math, Store::kWrite>(rows, 2, {x.o + r0 * sizes_.ld_o, sizes_.ld_o, 1}, &dv, 1,
+            gemm<Math, Store::kWrite, kTall>(rows, 2, {x.o + r0 * sizes_.ld_o, sizes_.ld_o, 1}, &dv, 1,
                                       x.v_columns + panel * kPanel * sizes_.dv_units, sizes_.dv_units, s.dweights, kPanel);
         }
         if (rows % Math::kPair) {  // the missing row of the last pair
@@ -302,7 +302,7 @@ class Backward {
     }
 
     // Adds to the sums over keys of these queries, after the key block before n and before the one after it.
-    void add_in_turn(Buffers& x, const Queries& q, int64_t n, const uint32_t* used, const float* row_sums) const {
+    void add_in_turn(Buffers& x, const Queries& q, int64_t n, const uint64_t* used, const float* row_sums) const {
         const int64_t after = sight_.next(q.b, q.h, q.m, n + 1);
         const bool first = sight_.next(q.b, q.h, q.m, 0) == n, last = after == sizes_.k_blocks;
         wait_until(turn(q), n);
@@ -328,10 +328,10 @@ class Backward {
 
     // dQ += dS K: neighbouring row groups that see the same panels are one product.
     template <Store store>
-    void add_dq(const Buffers& x, const Queries& q, const uint32_t* used, float* dq, int64_t ld) const {
+    void add_dq(const Buffers& x, const Queries& q, const uint64_t* used, float* dq, int64_t ld) const {
         const auto panels_of = [&](int g) {
             uint32_t set = 0;
-            for (int panel = 0; panel < sizes_.panels; ++panel) set |= (used[panel] >> g & 1) << panel;
+            for (int panel = 0; panel < sizes_.panels; ++panel) set |= static_cast<uint32_t>(used[panel] >> g & 1) << panel;
             return set;
         };
         const int count = groups(q);
@@ -345,9 +345,9 @@ class Backward {
                 if (!(set >> panel & 1)) continue;
                 segments[segment_count++] = {int64_t{panel} * Sizes::kQueries * Sizes::kUnits, panel * Sizes::kUnits, Sizes::kUnits};
             }
-            const int64_t r0 = g * kTileRows;
-            const int rows = static_cast<int>(least<int64_t>(end * kTileRows, q.rows) - r0);
-            gemm<Math, store>(rows, static_cast<int>(sizes_.d_vecs), {x.dscores_by_key + r0 * Sizes::kUnits, Sizes::kUnits, 1},
+            const int64_t r0 = g * kTall;
+            const int rows = static_cast<int>(least<int64_t>(end * kTall, q.rows) - r0);
+            gemm<Math, store, kTall>(rows, static_cast<int>(sizes_.d_vecs), {x.dscores_by_key + r0 * Sizes::kUnits, Sizes::kUnits, 1},
                               segments, segment_count, x.k_rows, sizes_.key_units, dq + r0 * ld, ld);
             g = end;
         }

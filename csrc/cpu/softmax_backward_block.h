@@ -10,17 +10,18 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-constexpr int kStrip = 4 * kTileRows;  // rows whose scores are made and used up while in the first-level cache
+constexpr int kTall = W == 16 ? 12 : kTileRows;  // rows of a register tile: 24 sums, two of B and one of A fill the registers
+constexpr int kStrip = 4 * kTall;                // rows whose scores are made and used up while in the first-level cache
 constexpr int64_t kMaxKeys = 256;      // keys of a block at most
 constexpr int kMaxPanels = static_cast<int>(kMaxKeys) / kPanel;
 
 // Sizes of a call in elements, units, and blocks. They depend on the shape alone: so do all sums.
 template <class Math>
 struct BackwardSizes {
-    static constexpr int kQueries = 64 * Math::kPair;    // of a block
+    static constexpr int kQueries = 128;                 // of a block
     static constexpr int kUnits = kPanel / Math::kPair;  // of a panel of keys
-    static constexpr int kGroups = (kQueries + kTileRows - 1) / kTileRows;
-    static_assert(kGroups <= 32 && kTileRows % 2 == 0 && kQueries % W == 0, "");
+    static constexpr int kGroups = (kQueries + kTall - 1) / kTall;
+    static_assert(kGroups < 64 && kTall % 2 == 0 && kQueries % kTile == 0, "");
 
     int64_t D, Dv, d_units, dv_units, ld_q, ld_o;  // ld_q, ld_o: units of a row of q and dout
     int64_t d_vecs, dv_vecs, ld_d, ld_dv;          // ld_d, ld_dv: floats of a row of sums
@@ -43,10 +44,9 @@ struct BackwardSizes {
           q_blocks(ceil_div(p.Lq(), kQueries)),
           k_blocks(ceil_div(p.Lk(), keys)) {}
 
-    // Packed keys, values and their sums fill half of a second-level cache.
+    // Packed keys and their sums stay in a second-level cache; one head of 512 keys still keeps two threads busy.
     static int64_t block_keys(int64_t widest, int64_t Lk) {
-        const int64_t fit = widest <= 64 ? kMaxKeys : widest <= 128 ? 128 : 64;
-        return least(fit, round_up(Lk, 64));
+        return least(widest > 64 || Lk < 1024 ? 128 : kMaxKeys, round_up(Lk, 64));
     }
 };
 
@@ -125,7 +125,7 @@ class BackwardSight {
     // Bits of key tile `tile` that the rows from i0 on see; they are written only where the answer is kPart, or `always`.
     Cover look(int64_t b, int64_t h, int64_t i0, int rows, int64_t tile, bool always, uint64_t* bits) const {
         const int64_t j0 = tile * kTile, j1 = least(j0 + kTile, p_.Lk()), i1 = i0 + rows;
-        if (j0 > i1 - 1 + p_.hi || j1 - 1 < i0 + p_.lo) return kNothing;
+        if (j0 >= j1 || j0 > i1 - 1 + p_.hi || j1 - 1 < i0 + p_.lo) return kNothing;
         bool whole = j1 - j0 == kTile && j0 - (i1 - 1) >= p_.lo && j1 - 1 - i0 <= p_.hi, nothing = true;
         const uint64_t* words[2] = {nullptr, nullptr};
         bool hole[2] = {false, false};

@@ -3,7 +3,7 @@
 #include "fastattn/softmax.h"
 
 #include "fastattn/parallel.h"
-#include "softmax_panel.h"
+#include "softmax_direct.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t kBlockRows = 64;                 // query rows of a task
 constexpr int64_t kChunkKeys = 512;                // keys of a decoding task
+constexpr int64_t kDirectRows = 4;                 // rows up to which keys and values are read unpacked
 constexpr int64_t kWaveBytes = int64_t{48} << 20;  // packed keys and values held at once
 constexpr int64_t kLocalBytes = 640 << 10;         // packed head that fits beside the work in a second-level cache
 constexpr double kSerialWork = 1 << 17;            // multiply-adds under which waking a team costs more than it saves
@@ -220,7 +221,9 @@ template <class Math>
 class Split {
    public:
     Split(const SoftmaxParams& p)
-        : p_(p), terms_(p), layout_(p), sight_(p, 0), rows_(p.Lq() * p.group()), chunks_(ceil_div(p.Lk(), kChunkKeys)) {}
+        : p_(p), terms_(p), layout_(p), sight_(p, 0), rows_(p.Lq() * p.group()), chunks_(ceil_div(p.Lk(), kChunkKeys)),
+          direct_(rows_ <= kDirectRows && p.k.stride[3] == 1 && p.v.stride[3] == 1 &&
+                  element_size(p.k.dtype) * Math::kPair == 4) {}
 
     void run() {
         const int64_t heads = p_.B() * p_.Hk(), scratch = chunk_scratch();
@@ -294,6 +297,18 @@ class Split {
                 if ((seen[used] = look(panels, count, tile, used)) != 0) packed[used++] = tile;
             }
             if (!used) continue;
+            if (direct_) {
+                Panel& x = panels[0];
+                for (int slot = 0; slot < used; ++slot) {
+                    direct_scores<Math>(x, key_rows, packed[slot], p_.D(), p_.Lk(), scores + slot * 64);
+                }
+                softmax_step<Math>(terms_, x, scores);
+                rescale(x);
+                for (int slot = 0; slot < used; ++slot) {
+                    direct_values<Math>(x, scores + slot * 64 / Math::kPair, value_rows, seen[slot], packed[slot], p_.Dv());
+                }
+                continue;
+            }
             for (int slot = 0; slot < used; ++slot) {
                 key_rows.seen = seen + slot;
                 key_rows.seen_from = packed[slot];
@@ -344,8 +359,9 @@ class Split {
         if (p_.bias && any) any &= biased_word(panels[0].b, panels[0].head[0] / p_.group(), tile);
         for (int n = 0; n < count && any; ++n) {
             PanelTile& t = panels[n].tiles[slot];
+            for (int r = 0; r < panels[n].rows; ++r) t.bits[r] &= any;
             t.tile = tile;
-            t.full = every == ~uint64_t{0};
+            t.full = (every & any) == ~uint64_t{0};
             t.c0 = 0;
             t.c1 = 64;
             panels[n].count = slot + 1;
@@ -399,6 +415,7 @@ class Split {
     const Layout<Math> layout_;
     const Sight sight_;
     const int64_t rows_, chunks_;
+    const bool direct_;  // few rows, and keys whose rows can be loaded as units
 };
 
 template <class Math>

@@ -6,7 +6,7 @@ Memory beyond inputs and outputs is O(L): a tile holds at most TILE_ELEMENTS sco
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -188,7 +188,7 @@ def softmax_double_backward(ddq, ddk, ddv, ddbias, dout, dlse, q, k, v, mask, bi
     """
     problem = _Problem(q, k, v, mask, bias, rng, params)
     wide = problem.wide
-    inputs = [t if t is None else t.detach() for t in (dout, dlse, q, k, v, bias)]
+    inputs: list[Any] = [t if t is None else t.detach() for t in (dout, dlse, q, k, v, bias)]
     grads = [None if t is None else torch.zeros_like(t, dtype=wide) for t in inputs]
     cotangents = (ddq, ddk, ddv, ddbias)
     for i0, i1 in () if problem.empty else problem.q_tiles():
@@ -197,20 +197,21 @@ def softmax_double_backward(ddq, ddk, ddv, ddbias, dout, dlse, q, k, v, mask, bi
             continue
 
         def rows(t):
-            return t[:, :, i0:i1]
+            return t[:, :, i0:i1]  # noqa: B023 used inside this iteration only
 
         def keys(t):
             return t[:, :, j0:j1]  # noqa: B023 used inside this iteration only
 
         views = [rows, rows, rows, keys, keys, lambda t: cut(t, i0, i1, j0, j1)]  # noqa: B023
         with torch.enable_grad():
-            leaves = [
+            leaves: list[Any] = [
                 None if t is None else view(t).to(wide, copy=True).requires_grad_() for t, view in zip(inputs, views)
             ]
-            block = _dense_block(problem, *leaves[2:], i0, i1, j0, j1)
+            rows_q, keys_k, keys_v, block_bias = leaves[2:]
+            block = _dense_block(problem, rows_q, keys_k, keys_v, block_bias, i0, i1, j0, j1)
             wanted = [t for t in leaves[2:] if t is not None]
             outputs = [(o, g) for o, g in zip(block, leaves[:2]) if g is not None]
-            first = torch.autograd.grad(
+            first: Any = torch.autograd.grad(
                 [o for o, _ in outputs], wanted, [g for _, g in outputs], create_graph=True, allow_unused=True
             )
         seeds = [view(t).to(wide) for t, view in zip(cotangents, views[2:]) if t is not None]

@@ -7,10 +7,9 @@ from typing import Literal, Optional, Union, overload
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from .. import checks
-from ..autograd import autocast, fold_batch, register, vmap_by_loop
+from ..autograd import RefuseGradient, autocast, fold_batch, full_precision, register, vmap_by_loop
 from ..dispatch import BACKENDS, Explanation, select
 from ..dispatch import explain as explain_call
 from ..eager.softmax import softmax_double_backward
@@ -23,7 +22,7 @@ Causal = Union[bool, Literal["top_left", "bottom_right"]]
 def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = ..., **options) -> Tensor: ...
 @overload
 def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options) -> tuple[Tensor, Tensor]: ...
-def attention(
+def attention(  # type: ignore[misc]  # the overloads leave the options to this signature
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -123,7 +122,8 @@ def _run(call: SoftmaxCall, backend: str) -> tuple[Tensor, Tensor]:
     if params.dropout_p > 0:
         rng = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=q.device)
     if backend == "reference":
-        return BACKENDS["reference"].softmax_attention(q, k, v, mask, bias, rng, params)
+        with full_precision(q):
+            return BACKENDS["reference"].softmax_attention(q, k, v, mask, bias, rng, params)
     # A dual tensor must meet the autograd function, which refuses it; the bare op would drop the tangent.
     if needs_grad or forward_ad._current_level >= 0:
         return SoftmaxAttention.apply(q, k, v, mask, bias, rng, *params, backend)
@@ -137,7 +137,8 @@ _FORWARD_TENSORS, _BACKWARD_TENSORS = 6, 10
 
 def _forward(q, k, v, mask, bias, rng, *options):
     *params, backend = options
-    return BACKENDS[backend].softmax_forward(q, k, v, mask, bias, rng, SoftmaxParams(*params))
+    with full_precision(q):
+        return BACKENDS[backend].softmax_forward(q, k, v, mask, bias, rng, SoftmaxParams(*params))
 
 
 def _forward_fake(q, k, v, mask, bias, rng, *options):
@@ -158,7 +159,8 @@ def _forward_vmap(info, in_dims, *args):
 def _backward(dout, dlse, q, k, v, mask, bias, rng, out, lse, *options):
     *params, needs, backend = options
     run = BACKENDS[backend].softmax_backward
-    grads = run(dout, dlse, q, k, v, mask, bias, rng, out, lse, SoftmaxParams(*params), needs)
+    with full_precision(q):
+        grads = run(dout, dlse, q, k, v, mask, bias, rng, out, lse, SoftmaxParams(*params), needs)
     return tuple(q.new_empty(0) if g is None else g for g in grads)
 
 
@@ -272,13 +274,16 @@ class SoftmaxAttentionBackward(torch.autograd.Function):
         ctx.save_for_backward(*inputs[:8])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *cotangents):
         dout, dlse, q, k, v, mask, bias, rng = ctx.saved_tensors
         wanted = [c if need else None for c, need in zip(cotangents, ctx.needs)]
         if all(c is None for c in wanted):
             return (None,) * 17
         params = SoftmaxParams(*ctx.params)
-        grads = softmax_double_backward(*wanted, dout, dlse, q, k, v, mask, bias, rng, params)
+        with full_precision(q), torch.no_grad():
+            grads = softmax_double_backward(*wanted, dout, dlse, q, k, v, mask, bias, rng, params)
+        if torch.is_grad_enabled():
+            message = "attention has no third derivative; backend='reference' has all"
+            grads = RefuseGradient.apply(message, len(grads), *grads, *wanted, dout, dlse, q, k, v, bias)
         gdout, gdlse, gq, gk, gv, gbias = grads
         return gdout, gdlse, gq, gk, gv, None, gbias, *(None,) * 10

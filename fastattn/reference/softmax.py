@@ -9,7 +9,8 @@ def softmax(q, k, v, mask=None, bias=None, keep=None, *, scale, band=(None, None
     z = scale * q k^T + bias; P = softmax of z over the keys with mask True and lo <= j - i <= hi;
     out = (P * keep / (1 - dropout_p)) v; lse = log of the sum of exp(z). A row that sees nothing: out 0, lse -inf.
     """
-    group = q.shape[1] // max(k.shape[1], 1)
+    Hk = k.shape[1]
+    group = q.shape[1] // max(Hk, 1)
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     wide = torch.promote_types(q.dtype, torch.float32)
 
@@ -28,7 +29,7 @@ def softmax(q, k, v, mask=None, bias=None, keep=None, *, scale, band=(None, None
 
     # Keys nobody sees may hold NaN: take them out before any product.
     seen = visible.expand(q.shape[0], q.shape[1], -1, -1).any(2)
-    seen = seen.view(q.shape[0], -1, max(group, 1), k.shape[2]).any(2).repeat_interleave(group, dim=1)
+    seen = seen.reshape(q.shape[0], Hk, group, k.shape[2]).any(2).repeat_interleave(group, dim=1)
     k, v = (x.masked_fill(~seen[..., None], 0) for x in (k, v))
 
     z = (q @ k.transpose(-1, -2)) * scale

@@ -79,7 +79,7 @@ def _last_strided(x: Tensor) -> Tensor:
 def _sliced(x: Tensor) -> Tensor:
     """A view with a storage offset, padded rows and an odd row stride; what lies between is NaN."""
     frame = x.new_full(tuple(n + 2 for n in x.shape[:-1]) + (x.shape[-1] + 3,), float("nan"))
-    view = frame[(*(slice(1, n + 1) for n in x.shape[:-1]), slice(3, None))]
+    view = frame[tuple(slice(1, n + 1) for n in x.shape[:-1])][..., 3:]
     return view.copy_(x)
 
 
@@ -113,7 +113,9 @@ def randn(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0, device: str
     return torch.randn(shape, generator=generator(seed)).to(device, dtype)
 
 
-def random_mask(shape: tuple[int, ...], seed: int = 0, density: float = 0.6, device: str | torch.device = "cpu") -> Tensor:
+def random_mask(
+    shape: tuple[int, ...], seed: int = 0, density: float = 0.6, device: str | torch.device = "cpu"
+) -> Tensor:
     return (torch.rand(shape, generator=generator(seed)) < density).to(device)
 
 
@@ -135,7 +137,9 @@ def make(case: Case, dtype: torch.dtype, seed: int = 0, device: str | torch.devi
 
 def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     """The same numbers in another precision (lossless upwards); the golden run uses fp64."""
-    return Inputs(*(x if x is None or x.dtype == torch.bool else x.to(dtype) for x in inputs))
+    q, k, v, mask, bias, dout, dlse = inputs
+    wide_bias = None if bias is None else bias.to(dtype)
+    return Inputs(q.to(dtype), k.to(dtype), v.to(dtype), mask, wide_bias, dout.to(dtype), dlse.to(dtype))
 
 
 def variants(case: Case, **axes: tuple) -> list[Case]:

@@ -52,7 +52,9 @@ def assert_close(
         a, g = actual.detach().double().cpu(), golden.detach().double().cpu()
         worst = (a - g).abs().nan_to_num(float("inf"), float("inf")).masked_fill(a == g, 0.0)
         at = tuple(int(i) for i in torch.unravel_index(worst.argmax(), worst.shape))
-        raise AssertionError(f"{name}: max error {error:.3e} > {limit:.3e}; worst at {at}: {a[at]:.9g}, expected {g[at]:.9g}")
+        raise AssertionError(
+            f"{name}: max error {error:.3e} > {limit:.3e}; worst at {at}: {a[at]:.9g}, expected {g[at]:.9g}"
+        )
 
 
 def rms_ratio(actual: Tensor, golden: Tensor) -> float:

@@ -8,17 +8,17 @@ import triton.language as tl
 def _load(base, i, j, Lq, Lk, strides, other, ROWS: tl.constexpr):
     # Without ROWS the values do not depend on the query and stay one row.
     p = base + j.to(tl.int64) * strides[3]
+    wanted = j < Lk
     if ROWS:
-        return tl.load(p + i.to(tl.int64) * strides[2], mask=(i < Lq) & (j < Lk), other=other)
-    return tl.load(p, mask=j < Lk, other=other)
+        p = p + i.to(tl.int64) * strides[2]
+        wanted = wanted & (i < Lq)
+    return tl.load(p, mask=wanted, other=other)
 
 
 @triton.jit
 def finish_scores(
     s,
-    i_first,
-    j_first,
-    i,  # tile-local, so that the compiler can fold them into immediates
+    i,
     j,
     mask,
     bias,
@@ -36,16 +36,16 @@ def finish_scores(
     """(s + bias with -inf where hidden, visible). The tile crosses an edge of the band (BAND), the last key (TAIL)."""
     visible = j >= 0
     if TAIL:
-        visible = j < Lk - j_first
+        visible = j < Lk
     if BAND:
         if lo is not None:
-            visible = visible & (j - i >= lo + i_first - j_first)
+            visible = visible & (j >= i + lo)
         if hi is not None:
-            visible = visible & (j - i <= hi + i_first - j_first)
+            visible = visible & (j <= i + hi)
     if mask is not None:
-        visible = visible & _load(mask, i_first + i, j_first + j, Lq, Lk, mask_strides, 0, MASK_ROWS)
+        visible = visible & _load(mask, i, j, Lq, Lk, mask_strides, 0, MASK_ROWS)
     if bias is not None:
-        b_bias = _load(bias, i_first + i, j_first + j, Lq, Lk, bias_strides, float("-inf"), BIAS_ROWS).to(tl.float32)
+        b_bias = _load(bias, i, j, Lq, Lk, bias_strides, float("-inf"), BIAS_ROWS).to(tl.float32)
         s = s + b_bias
         visible = visible & (b_bias != float("-inf"))
     if (TAIL or mask is not None) or (bias is not None or (BAND and (lo is not None or hi is not None))):

@@ -17,6 +17,12 @@ def work_item(pid, n_tiles, n_heads, section, REVERSE: tl.constexpr):
 
 
 @triton.jit
+def head_of(x, b, h, strides):
+    """Where batch b and head h of a [B, H, ..] tensor start."""
+    return x + tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[1]
+
+
+@triton.jit
 def span(first, last, lo, hi, L, BLOCK: tl.constexpr):
     """Tiles of x in [0, L) with lo <= x - y <= hi for some y in first..last: (start, full_start, full_end, n_partial, n_full).
 
@@ -59,21 +65,41 @@ def keys_in_reach(j, first, last, Lk, lo, hi):
 
 
 @triton.jit
-def load_rows(base, first, wanted, strides, D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, UPCAST: tl.constexpr):
+def _row_offsets(strides, BD: tl.constexpr, BR: tl.constexpr, WIDE: tl.constexpr):
+    """[BR, BD] element offsets inside a block of rows; WIDE where they can pass 2^31."""
+    row = tl.arange(0, BR)[:, None]
+    d = tl.arange(0, BD)[None, :]
+    if WIDE:
+        row = row.to(tl.int64)
+        d = d.to(tl.int64)
+    return row * strides[2] + d * strides[3]
+
+
+@triton.jit
+def load_rows(
+    base,
+    first,
+    wanted,
+    strides,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BR: tl.constexpr,
+    WIDE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """[BR, BD] rows first.. of a [.., L, D] tensor at `base`; zero beyond D and where `wanted` [BR] (or None) is False."""
-    d = tl.arange(0, BD)
-    # 64-bit: one stride may exceed 2^31. The scalar part stays out of the per-element offsets.
-    p = base + tl.cast(first, tl.int64) * strides[2]
-    p = p + tl.arange(0, BR).to(tl.int64)[:, None] * strides[2] + d.to(tl.int64)[None, :] * strides[3]
+    # The start of the block is a scalar and always 64-bit; the offsets inside it cost registers.
+    p = base + tl.cast(first, tl.int64) * strides[2] + _row_offsets(strides, BD, BR, WIDE)
+    inside = (tl.arange(0, BD) < D)[None, :]
     if wanted is not None:
         if BD == D:
             x = tl.load(p, mask=wanted[:, None], other=0.0)
         else:
-            x = tl.load(p, mask=wanted[:, None] & (d < D)[None, :], other=0.0)
+            x = tl.load(p, mask=wanted[:, None] & inside, other=0.0)
     elif BD == D:
         x = tl.load(p)
     else:
-        x = tl.load(p, mask=(d < D)[None, :], other=0.0)
+        x = tl.load(p, mask=inside, other=0.0)
     if UPCAST:
         x = x.to(tl.float32)
     return x
@@ -82,8 +108,6 @@ def load_rows(base, first, wanted, strides, D: tl.constexpr, BD: tl.constexpr, B
 @triton.jit
 def store_rows(base, first, x, L, strides, D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr):
     """Store [BR, BD] as rows first.. of a [.., L, D] tensor at `base`, in its dtype."""
-    d = tl.arange(0, BD)
-    row = tl.arange(0, BR)
-    p = base + tl.cast(first, tl.int64) * strides[2]
-    p = p + row.to(tl.int64)[:, None] * strides[2] + d.to(tl.int64)[None, :] * strides[3]
-    tl.store(p, x.to(base.dtype.element_ty), mask=(first + row < L)[:, None] & (d < D)[None, :])
+    wanted = (first + tl.arange(0, BR) < L)[:, None] & (tl.arange(0, BD) < D)[None, :]
+    p = base + tl.cast(first, tl.int64) * strides[2] + _row_offsets(strides, BD, BR, True)
+    tl.store(p, x.to(base.dtype.element_ty), mask=wanted)

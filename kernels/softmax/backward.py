@@ -7,11 +7,12 @@ import triton.language as tl
 from ..common.dropout import keep_tile
 from ..common.launch import INTERPRETED, arch_of, launch
 from ..common.scores import drop_unseen, finish_scores
-from ..common.tiles import keys_in_reach, load_rows, span, store_rows, tile_start, work_item
+from ..common.tiles import head_of, keys_in_reach, load_rows, span, store_rows, tile_start, work_item
 from . import config
 
 LOG2E = tl.constexpr(1.4426950408889634)
-UNSPECIALIZED = ["Hq", "group", "Lq", "Lk", "lo", "hi", "threshold", "n_tiles", "n_heads", "section"]
+# group is specialised: 1 (no GQA) makes the loop over its heads vanish.
+UNSPECIALIZED = ["Hq", "Lq", "Lk", "lo", "hi", "threshold", "n_tiles", "n_heads", "section"]
 
 
 @triton.jit
@@ -29,18 +30,18 @@ def score_gradient(p, dp, delta, visible, HIDES: tl.constexpr):
 
 @triton.jit(do_not_specialize=["Hq", "Lq"])
 def row_stats_kernel(out, dout, lse, dlse, stats, out_strides, dout_strides, dlse_strides, Hq, Lq, n_tiles,
-                     DV: tl.constexpr, BM: tl.constexpr, BDV: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+                     DV: tl.constexpr, BM: tl.constexpr, BDV: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """stats fp32 [B * Hq, n_tiles * BM, 2]: lse and delta = rowsum(out * dout) - dlse, both 0 beyond Lq."""
     i_tile, head = tl.program_id(0) % n_tiles, tl.program_id(0) // n_tiles
-    b, h = (head // Hq).to(tl.int64), (head % Hq).to(tl.int64)
+    b, h = head // Hq, head % Hq
     row = i_tile * BM + tl.arange(0, BM)
-    out += b * out_strides[0] + h * out_strides[1]
-    dout += b * dout_strides[0] + h * dout_strides[1]
-    b_out = load_rows(out, i_tile * BM, row < Lq, out_strides, DV, BDV, BM, UPCAST).to(tl.float32)
-    b_dout = load_rows(dout, i_tile * BM, row < Lq, dout_strides, DV, BDV, BM, UPCAST).to(tl.float32)
+    out = head_of(out, b, h, out_strides)
+    dout = head_of(dout, b, h, dout_strides)
+    b_out = load_rows(out, i_tile * BM, row < Lq, out_strides, DV, BDV, BM, WIDE, UPCAST).to(tl.float32)
+    b_dout = load_rows(dout, i_tile * BM, row < Lq, dout_strides, DV, BDV, BM, WIDE, UPCAST).to(tl.float32)
     b_delta = tl.sum(b_out * b_dout, 1)
     if dlse is not None:
-        p_dlse = dlse + b * dlse_strides[0] + h * dlse_strides[1] + row.to(tl.int64) * dlse_strides[2]
+        p_dlse = head_of(dlse, b, h, dlse_strides) + row.to(tl.int64) * dlse_strides[2]
         b_delta -= tl.load(p_dlse, mask=row < Lq, other=0.0)
     b_lse = tl.load(lse + head.to(tl.int64) * Lq + row, mask=row < Lq, other=0.0)
     p_stats = stats + (head.to(tl.int64) * n_tiles * BM + row) * 2
@@ -61,23 +62,23 @@ def _add_queries(b_dk, b_dv, b_column, b_k, b_v, q, dout, stats, mask, bias, rng
                  Lq, Lk, lo, hi, scale, threshold, keep_scale,
                  D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
                  BDV: tl.constexpr, MASK_ROWS: tl.constexpr, BIAS_ROWS: tl.constexpr, PRECISION: tl.constexpr,
-                 UPCAST: tl.constexpr, COLUMN: tl.constexpr, PARTIAL: tl.constexpr):  # fmt: skip
+                 WIDE: tl.constexpr, UPCAST: tl.constexpr, COLUMN: tl.constexpr, PARTIAL: tl.constexpr):  # fmt: skip
     """Add what all query tiles of one kind and head give to dK [BN, BD], dV [BN, BDV] and column sums of dS [BN]."""
     HIDES: tl.constexpr = (mask is not None or bias is not None) or (PARTIAL and (lo is not None or hi is not None))
     # lo <= j - i <= hi read from the keys: -hi <= i - j <= -lo.
     below = None if hi is None else -hi
     above = None if lo is None else -lo
     start, full_start, full_end, n_partial, n_full = span(j_first, min(j_first + BN, Lk) - 1, below, above, Lq, BM)
-    for n in tl.range(0, n_partial if PARTIAL else n_full, disable_licm=True):
+    for n in range(0, n_partial if PARTIAL else n_full):
         i_first = tile_start(n, start, full_start, full_end, BM, PARTIAL)
         wanted = None
         if PARTIAL:
-            wanted = i_first + tl.arange(0, BM) < Lq
-        b_q = load_rows(q, i_first, wanted, q_strides, D, BD, BM, UPCAST)  # [BM, BD]
+            wanted = tl.arange(0, BM) < Lq - i_first
+        b_q = load_rows(q, i_first, wanted, q_strides, D, BD, BM, WIDE, UPCAST)  # [BM, BD]
         # Transposed, so that P and dS come out as the left operands of the products below.
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale  # [BN, BM]
         b_s, visible = finish_scores(
-            b_s, i_first, j_first, tl.arange(0, BM)[None, :], tl.arange(0, BN)[:, None], mask, bias,
+            b_s, i_first + tl.arange(0, BM)[None, :], j_first + tl.arange(0, BN)[:, None], mask, bias,
             mask_strides, bias_strides, Lq, Lk, lo, hi, MASK_ROWS, BIAS_ROWS, PARTIAL, False,
         )  # fmt: skip
         b_lse, b_delta = load_stats(stats, i_first, BM)
@@ -86,7 +87,7 @@ def _add_queries(b_dk, b_dv, b_column, b_k, b_v, q, dout, stats, mask, bias, rng
             # Also where lse is -inf: such a query sees nothing.
             b_p = tl.where(visible, b_p, 0.0)
 
-        b_dout = load_rows(dout, i_first, wanted, dout_strides, DV, BDV, BM, UPCAST)  # [BM, BDV]
+        b_dout = load_rows(dout, i_first, wanted, dout_strides, DV, BDV, BM, WIDE, UPCAST)  # [BM, BDV]
         b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision=PRECISION)  # [BN, BM]
         b_kept = b_p
         if rng is not None:
@@ -107,40 +108,36 @@ def keys_kernel(q, k, v, dout, stats, mask, bias, rng, dk, dv, column,
                 stats_stride, Hq, group, Lq, Lk, lo, hi, scale, threshold, keep_scale, n_tiles, n_heads, section,
                 D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
                 BDV: tl.constexpr, MASK_ROWS: tl.constexpr, BIAS_ROWS: tl.constexpr, PRECISION: tl.constexpr,
-                UPCAST: tl.constexpr):  # fmt: skip
+                WIDE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """dK and dV of BN keys of one kv head, summed over its group of query heads; column [B, Hq, Lk] takes sum_i dS_ij."""
     j_tile, head_kv = work_item(tl.program_id(0), n_tiles, n_heads, section, hi is None and lo is not None)
     j_first = j_tile * BN
     j = j_first + tl.arange(0, BN)
     Hk = Hq // group
-    b = (head_kv // Hk).to(tl.int64)
-    h_kv = (head_kv % Hk).to(tl.int64)
-    b_k = load_rows(k + b * k_strides[0] + h_kv * k_strides[1], j_first, j < Lk, k_strides, D, BD, BN, UPCAST)
-    b_v = load_rows(v + b * v_strides[0] + h_kv * v_strides[1], j_first, j < Lk, v_strides, DV, BDV, BN, UPCAST)
+    b, h_kv = head_kv // Hk, head_kv % Hk
+    # Queries beyond Lq, all zero, would see keys that no other query sees and that may hold NaN.
+    reach = keys_in_reach(j, 0, Lq - 1, Lk, lo, hi)
+    b_k = load_rows(head_of(k, b, h_kv, k_strides), j_first, reach, k_strides, D, BD, BN, WIDE, UPCAST)
+    b_v = load_rows(head_of(v, b, h_kv, v_strides), j_first, reach, v_strides, DV, BDV, BN, WIDE, UPCAST)
     b_dk = tl.zeros([BN, BD], tl.float32)
     b_dv = tl.zeros([BN, BDV], tl.float32)
-    for h in range(h_kv * group, h_kv * group + group):
+    # Without licm: what both kinds of tiles need would stay in registers through the whole group.
+    for h in tl.range(h_kv * group, h_kv * group + group, disable_licm=True):
         head = b * Hq + h
-        q_head = q + b * q_strides[0] + h * q_strides[1]
-        dout_head = dout + b * dout_strides[0] + h * dout_strides[1]
-        mask_head = mask
-        if mask is not None:
-            mask_head = mask + b * mask_strides[0] + h * mask_strides[1]
-        bias_head = bias
-        if bias is not None:
-            bias_head = bias + b * bias_strides[0] + h * bias_strides[1]
         b_column = tl.zeros([BN], tl.float32)
         for partial in tl.static_range(2):
             b_dk, b_dv, b_column = _add_queries(
-                b_dk, b_dv, b_column, b_k, b_v, q_head, dout_head, stats + head * stats_stride,
-                mask_head, bias_head, rng, q_strides, dout_strides, mask_strides, bias_strides,
-                head.to(tl.int32), j_first, Lq, Lk, lo, hi, scale, threshold, keep_scale,
-                D, DV, BM, BN, BD, BDV, MASK_ROWS, BIAS_ROWS, PRECISION, UPCAST, column is not None, partial,
+                b_dk, b_dv, b_column, b_k, b_v, head_of(q, b, h, q_strides), head_of(dout, b, h, dout_strides),
+                stats + tl.cast(head, tl.int64) * stats_stride,
+                None if mask is None else head_of(mask, b, h, mask_strides),
+                None if bias is None else head_of(bias, b, h, bias_strides), rng, q_strides, dout_strides, mask_strides, bias_strides,
+                head, j_first, Lq, Lk, lo, hi, scale, threshold, keep_scale,
+                D, DV, BM, BN, BD, BDV, MASK_ROWS, BIAS_ROWS, PRECISION, WIDE, UPCAST, column is not None, partial,
             )  # fmt: skip
         if column is not None:
-            tl.store(column + head * Lk + j, b_column, mask=j < Lk)
-    store_rows(dk + b * dk_strides[0] + h_kv * dk_strides[1], j_first, b_dk * scale, Lk, dk_strides, D, BD, BN)
-    store_rows(dv + b * dv_strides[0] + h_kv * dv_strides[1], j_first, b_dv, Lk, dv_strides, DV, BDV, BN)
+            tl.store(column + tl.cast(head, tl.int64) * Lk + j, b_column, mask=j < Lk)
+    store_rows(head_of(dk, b, h_kv, dk_strides), j_first, b_dk * scale, Lk, dk_strides, D, BD, BN)
+    store_rows(head_of(dv, b, h_kv, dv_strides), j_first, b_dv, Lk, dv_strides, DV, BDV, BN)
 
 
 @triton.jit
@@ -149,21 +146,21 @@ def _gradient_tile(b_q, b_dout, b_lse, b_delta, k, v, mask, bias, rng,
                    Lq, Lk, lo, hi, scale, threshold, keep_scale,
                    D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
                    BDV: tl.constexpr, MASK_ROWS: tl.constexpr, BIAS_ROWS: tl.constexpr, PRECISION: tl.constexpr,
-                   UPCAST: tl.constexpr, PARTIAL: tl.constexpr):  # fmt: skip
+                   WIDE: tl.constexpr, UPCAST: tl.constexpr, PARTIAL: tl.constexpr):  # fmt: skip
     """dS [BM, BN] of one tile, and its keys [BN, BD] with unseen ones zeroed."""
     HIDES: tl.constexpr = (mask is not None or bias is not None) or (PARTIAL and (lo is not None or hi is not None))
     j = j_first + tl.arange(0, BN)
     reach = None
     if PARTIAL:
         reach = keys_in_reach(j, i_first, i_last, Lk, lo, hi)
-    b_k = load_rows(k, j_first, reach, k_strides, D, BD, BN, UPCAST)  # [BN, BD]
+    b_k = load_rows(k, j_first, reach, k_strides, D, BD, BN, WIDE, UPCAST)  # [BN, BD]
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale  # [BM, BN]
     b_s, visible = finish_scores(
-        b_s, i_first, j_first, tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :], mask, bias,
+        b_s, i_first + tl.arange(0, BM)[:, None], j[None, :], mask, bias,
         mask_strides, bias_strides, Lq, Lk, lo, hi, MASK_ROWS, BIAS_ROWS, PARTIAL, False,
     )  # fmt: skip
     b_p = weights(b_s, b_lse[:, None])
-    b_v = load_rows(v, j_first, reach, v_strides, DV, BDV, BN, UPCAST)  # [BN, BDV]
+    b_v = load_rows(v, j_first, reach, v_strides, DV, BDV, BN, WIDE, UPCAST)  # [BN, BDV]
     b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)  # [BM, BN]
     if rng is not None:
         keep = keep_tile(rng, threshold, head, i_first, j_first, BM, BN)
@@ -180,26 +177,21 @@ def queries_kernel(q, k, v, dout, stats, mask, bias, rng, dq, dbias,
                    stats_stride, Hq, group, Lq, Lk, lo, hi, scale, threshold, keep_scale, n_tiles, n_heads, section,
                    D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
                    BDV: tl.constexpr, MASK_ROWS: tl.constexpr, BIAS_ROWS: tl.constexpr, PRECISION: tl.constexpr,
-                   UPCAST: tl.constexpr):  # fmt: skip
+                   WIDE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """dQ of BM queries of one head; dS itself goes to dbias [B, Hq, Lq, Lk] where that is not None."""
     i_tile, head = work_item(tl.program_id(0), n_tiles, n_heads, section, hi is not None and lo is None)
     i_first = i_tile * BM
     i_last = min(i_first + BM, Lq) - 1
     row = i_first + tl.arange(0, BM)
-    b = (head // Hq).to(tl.int64)
-    h = (head % Hq).to(tl.int64)
-    h_kv = h // group
-    k += b * k_strides[0] + h_kv * k_strides[1]
-    v += b * v_strides[0] + h_kv * v_strides[1]
-    if mask is not None:
-        mask += b * mask_strides[0] + h * mask_strides[1]
-    if bias is not None:
-        bias += b * bias_strides[0] + h * bias_strides[1]
+    b, h = head // Hq, head % Hq
+    k = head_of(k, b, h // group, k_strides)
+    v = head_of(v, b, h // group, v_strides)
+    mask = None if mask is None else head_of(mask, b, h, mask_strides)
+    bias = None if bias is None else head_of(bias, b, h, bias_strides)
     if dbias is not None:
-        p_dbias = dbias + b * dbias_strides[0] + h * dbias_strides[1] + row.to(tl.int64)[:, None] * dbias_strides[2]
-    b_q = load_rows(q + b * q_strides[0] + h * q_strides[1], i_first, row < Lq, q_strides, D, BD, BM, UPCAST)
-    dout += b * dout_strides[0] + h * dout_strides[1]
-    b_dout = load_rows(dout, i_first, row < Lq, dout_strides, DV, BDV, BM, UPCAST)
+        p_dbias = head_of(dbias, b, h, dbias_strides) + row.to(tl.int64)[:, None] * dbias_strides[2]
+    b_q = load_rows(head_of(q, b, h, q_strides), i_first, row < Lq, q_strides, D, BD, BM, WIDE, UPCAST)
+    b_dout = load_rows(head_of(dout, b, h, dout_strides), i_first, row < Lq, dout_strides, DV, BDV, BM, WIDE, UPCAST)
     b_lse, b_delta = load_stats(stats + head.to(tl.int64) * stats_stride, i_first, BM)
 
     b_dq = tl.zeros([BM, BD], tl.float32)
@@ -210,14 +202,14 @@ def queries_kernel(q, k, v, dout, stats, mask, bias, rng, dq, dbias,
             b_ds, b_k = _gradient_tile(
                 b_q, b_dout, b_lse, b_delta, k, v, mask, bias, rng, k_strides, v_strides, mask_strides,
                 bias_strides, head, i_first, j_first, i_last, Lq, Lk, lo, hi, scale, threshold, keep_scale,
-                D, DV, BM, BN, BD, BDV, MASK_ROWS, BIAS_ROWS, PRECISION, UPCAST, partial,
+                D, DV, BM, BN, BD, BDV, MASK_ROWS, BIAS_ROWS, PRECISION, WIDE, UPCAST, partial,
             )  # fmt: skip
             b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
             if dbias is not None:
                 j = (j_first + tl.arange(0, BN))[None, :]
                 inside = (row < Lq)[:, None] & (j < Lk)
                 tl.store(p_dbias + j.to(tl.int64) * dbias_strides[3], b_ds.to(dbias.dtype.element_ty), mask=inside)
-    store_rows(dq + b * dq_strides[0] + h * dq_strides[1], i_first, b_dq * scale, Lq, dq_strides, D, BD, BM)
+    store_rows(head_of(dq, b, h, dq_strides), i_first, b_dq * scale, Lq, dq_strides, D, BD, BM)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -226,15 +218,14 @@ def bias_kernel(q, k, v, dout, stats, mask, bias, rng, dbias,
                 stats_stride, Hq, group, Lq, Lk, lo, hi, scale, threshold, keep_scale, n_i, n_j, dbias_heads, sum_b, sum_h,
                 D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
                 BDV: tl.constexpr, MASK_ROWS: tl.constexpr, BIAS_ROWS: tl.constexpr, PRECISION: tl.constexpr,
-                UPCAST: tl.constexpr):  # fmt: skip
+                WIDE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """One [BM, BN] tile of dbias [B|1, Hq|1, Lq, Lk]: dS summed over sum_b batches and sum_h heads, in order."""
     pid = tl.program_id(0)
     i_first = pid // n_j % n_i * BM
     j_first = pid % n_j * BN
     i_last = min(i_first + BM, Lq) - 1
     slab = pid // (n_i * n_j)
-    slab_b = (slab // dbias_heads).to(tl.int64)
-    slab_h = (slab % dbias_heads).to(tl.int64)
+    slab_b, slab_h = slab // dbias_heads, slab % dbias_heads
     row = i_first + tl.arange(0, BM)
     j = (j_first + tl.arange(0, BN))[None, :]
     reachable = j_first >= 0
@@ -248,24 +239,20 @@ def bias_kernel(q, k, v, dout, stats, mask, bias, rng, dbias,
         b = slab_b + n // sum_h
         h = slab_h + n % sum_h
         head = b * Hq + h
-        h_kv = h // group
-        b_q = load_rows(q + b * q_strides[0] + h * q_strides[1], i_first, row < Lq, q_strides, D, BD, BM, UPCAST)
-        p_dout = dout + b * dout_strides[0] + h * dout_strides[1]
-        b_dout = load_rows(p_dout, i_first, row < Lq, dout_strides, DV, BDV, BM, UPCAST)
-        b_lse, b_delta = load_stats(stats + head * stats_stride, i_first, BM)
-        mask_head = mask
-        if mask is not None:
-            mask_head = mask + b * mask_strides[0] + h * mask_strides[1]
+        b_q = load_rows(head_of(q, b, h, q_strides), i_first, row < Lq, q_strides, D, BD, BM, WIDE, UPCAST)
+        p_dout = head_of(dout, b, h, dout_strides)
+        b_dout = load_rows(p_dout, i_first, row < Lq, dout_strides, DV, BDV, BM, WIDE, UPCAST)
+        b_lse, b_delta = load_stats(stats + tl.cast(head, tl.int64) * stats_stride, i_first, BM)
         b_ds, _ = _gradient_tile(
             b_q, b_dout, b_lse, b_delta,
-            k + b * k_strides[0] + h_kv * k_strides[1], v + b * v_strides[0] + h_kv * v_strides[1],
-            mask_head, bias + b * bias_strides[0] + h * bias_strides[1], rng,
-            k_strides, v_strides, mask_strides, bias_strides, head.to(tl.int32), i_first, j_first, i_last,
+            head_of(k, b, h // group, k_strides), head_of(v, b, h // group, v_strides),
+            None if mask is None else head_of(mask, b, h, mask_strides), head_of(bias, b, h, bias_strides), rng,
+            k_strides, v_strides, mask_strides, bias_strides, head, i_first, j_first, i_last,
             Lq, Lk, lo, hi, scale, threshold, keep_scale,
-            D, DV, BM, BN, BD, BDV, MASK_ROWS, BIAS_ROWS, PRECISION, UPCAST, True,
+            D, DV, BM, BN, BD, BDV, MASK_ROWS, BIAS_ROWS, PRECISION, WIDE, UPCAST, True,
         )  # fmt: skip
         b_sum += b_ds
-    dbias += slab_b * dbias_strides[0] + slab_h * dbias_strides[1]
+    dbias = head_of(dbias, slab_b, slab_h, dbias_strides)
     p_dbias = dbias + row.to(tl.int64)[:, None] * dbias_strides[2] + j.to(tl.int64) * dbias_strides[3]
     tl.store(p_dbias, b_sum.to(dbias.dtype.element_ty), mask=(row < Lq)[:, None] & (j < Lk))
 
@@ -294,7 +281,8 @@ def backward(dout, dlse, q, k, v, mask, bias, rng, out, lse, params, dq, dk, dv,
     strides = (out.stride(), dout.stride(), None if dlse is None else dlse.stride())
     launch(
         row_stats_kernel, n_rows * B * Hq, out, dout, lse, dlse, stats, *strides, Hq, Lq, n_rows, DV=Dv,
-        BM=config.STATS_ROWS, BDV=config.block_dim(Dv), UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
+        BM=config.STATS_ROWS, BDV=config.block_dim(Dv), WIDE=config.wide(out, dout),
+        UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
     )  # fmt: skip
 
     inputs = (q, k, v, dout, stats, mask, bias, rng)
@@ -303,7 +291,7 @@ def backward(dout, dlse, q, k, v, mask, bias, rng, out, lse, params, dq, dk, dv,
     scalars = (stats.stride(0), Hq, group, Lq, Lk, *band, params.scale, *config.dropout_scalars(params.dropout_p))
 
     def compiled_for(tile):
-        return {"D": D, "DV": Dv, **config.compile_options(tile, D, Dv, q.dtype, mask, bias, INTERPRETED)}
+        return config.compile_options(tile, (q, dout, k, v), mask, bias, INTERPRETED)
 
     by_column = dbias is not None and dbias.shape[2] == 1
     by_tile = dbias is not None and not by_column and dbias.shape[:2] != (B, Hq)

@@ -84,15 +84,25 @@ def dropout_scalars(p: float) -> tuple[int, float]:
     return min(math.ceil(p * 2**32), 2**32 - 1), 0.0 if p >= 1 else 1 / (1 - p)
 
 
-def compile_options(tile: LaunchConfig, D, Dv, dtype, mask, bias, interpreted) -> dict:
-    """Compile-time arguments that all kernels of this op share."""
+def wide(*tensors: torch.Tensor) -> bool:
+    """Whether element offsets inside one tile may pass 2^31."""
+    return any(abs(stride) * 256 >= 2**31 for x in tensors for stride in x.stride()[2:])
+
+
+def compile_options(tile: LaunchConfig, tensors, mask, bias, interpreted) -> dict:
+    """Compile-time arguments that all kernels of this op share; tensors: those read in row blocks, v last."""
+    q, v = tensors[0], tensors[-1]
+    D, Dv = q.shape[3], v.shape[3]
     return {
         **tile._asdict(),
+        "D": D,
+        "DV": Dv,
         "BD": block_dim(D),
         "BDV": block_dim(Dv),
         "MASK_ROWS": has_rows(mask),
         "BIAS_ROWS": has_rows(bias),
-        "PRECISION": dot_precision(dtype),
+        "PRECISION": dot_precision(q.dtype),
+        "WIDE": wide(*tensors),
         # The interpreter's bf16 arithmetic is wrong (numpy has no bf16).
-        "UPCAST": interpreted and dtype == torch.bfloat16,
+        "UPCAST": interpreted and q.dtype == torch.bfloat16,
     }

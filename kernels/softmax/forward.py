@@ -6,7 +6,7 @@ import triton.language as tl
 from ..common.dropout import keep_tile
 from ..common.launch import INTERPRETED, arch_of, launch
 from ..common.scores import drop_unseen, finish_scores
-from ..common.tiles import keys_in_reach, load_rows, span, store_rows, tile_start, work_item
+from ..common.tiles import head_of, keys_in_reach, load_rows, span, store_rows, tile_start, work_item
 from . import config
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -47,6 +47,7 @@ def _attend(
     MASK_ROWS: tl.constexpr,
     BIAS_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
     UPCAST: tl.constexpr,
     PARTIAL: tl.constexpr,
 ):
@@ -60,13 +61,13 @@ def _attend(
         reach = None
         if PARTIAL:
             reach = keys_in_reach(j, i_first, i_last, Lk, lo, hi)
-        b_k = load_rows(k, j_first, reach, k_strides, D, BD, BN, UPCAST)  # [BN, BD]
+        b_k = load_rows(k, j_first, reach, k_strides, D, BD, BN, WIDE, UPCAST)  # [BN, BD]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
         if bias is not None:
             b_s = b_s * scale
         b_s, visible = finish_scores(
-            b_s, i_first, j_first, tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :], mask, bias,
-            mask_strides, bias_strides, Lq, Lk, lo, hi, MASK_ROWS, BIAS_ROWS, PARTIAL, PARTIAL,
+            b_s, i_first + tl.arange(0, BM)[:, None], j[None, :], mask, bias, mask_strides, bias_strides,
+            Lq, Lk, lo, hi, MASK_ROWS, BIAS_ROWS, PARTIAL, PARTIAL,
         )  # fmt: skip
 
         m_new = tl.maximum(b_m, tl.max(b_s, 1))
@@ -81,7 +82,7 @@ def _attend(
         if rng is not None:
             b_p = tl.where(keep_tile(rng, threshold, head, i_first, j_first, BM, BN), b_p, 0.0)
 
-        b_v = load_rows(v, j_first, reach, v_strides, DV, BDV, BN, UPCAST)  # [BN, BDV]
+        b_v = load_rows(v, j_first, reach, v_strides, DV, BDV, BN, WIDE, UPCAST)  # [BN, BDV]
         if mask is not None or bias is not None:
             b_v = drop_unseen(b_v, visible)
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * alpha[:, None], input_precision=PRECISION)
@@ -125,22 +126,18 @@ def forward_kernel(
     MASK_ROWS: tl.constexpr,
     BIAS_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     i_tile, head = work_item(tl.program_id(0), n_tiles, n_heads, section, hi is not None and lo is None)
     i_first = i_tile * BM
-    b = (head // Hq).to(tl.int64)
-    h = (head % Hq).to(tl.int64)
-    h_kv = h // group
-    k += b * k_strides[0] + h_kv * k_strides[1]
-    v += b * v_strides[0] + h_kv * v_strides[1]
-    if mask is not None:
-        mask += b * mask_strides[0] + h * mask_strides[1]
-    if bias is not None:
-        bias += b * bias_strides[0] + h * bias_strides[1]
-
+    b, h = head // Hq, head % Hq
+    k = head_of(k, b, h // group, k_strides)
+    v = head_of(v, b, h // group, v_strides)
+    mask = None if mask is None else head_of(mask, b, h, mask_strides)
+    bias = None if bias is None else head_of(bias, b, h, bias_strides)
     row = i_first + tl.arange(0, BM)
-    b_q = load_rows(q + b * q_strides[0] + h * q_strides[1], i_first, row < Lq, q_strides, D, BD, BM, UPCAST)
+    b_q = load_rows(head_of(q, b, h, q_strides), i_first, row < Lq, q_strides, D, BD, BM, WIDE, UPCAST)
     if bias is None:
         # Scores stay unscaled until after the subtraction of their maximum, so a negative scale turns q around.
         magnitude = tl.abs(scale)
@@ -185,6 +182,7 @@ def forward_kernel(
             MASK_ROWS,
             BIAS_ROWS,
             PRECISION,
+            WIDE,
             UPCAST,
             PARTIAL=partial,
         )
@@ -192,7 +190,7 @@ def forward_kernel(
     b_lse = b_m * magnitude + tl.log(b_l)
     b_lse = tl.where(b_m == float("-inf"), float("-inf"), b_lse)
     b_out = b_acc * (keep_scale / tl.where(b_l == 0, 1.0, b_l))[:, None]
-    store_rows(out + b * out_strides[0] + h * out_strides[1], i_first, b_out, Lq, out_strides, DV, BDV, BM)
+    store_rows(head_of(out, b, h, out_strides), i_first, b_out, Lq, out_strides, DV, BDV, BM)
     tl.store(lse + head.to(tl.int64) * Lq + row, b_lse, mask=row < Lq)
 
 
@@ -234,7 +232,5 @@ def forward(q, k, v, mask, bias, rng, out, lse, params) -> None:
         n_tiles,
         B * Hq,
         config.heads_per_section(B * Hq, Hq // Hk, k.element_size() * Lk * (D + Dv)),
-        D=D,
-        DV=Dv,
-        **config.compile_options(tile, D, Dv, q.dtype, mask, bias, INTERPRETED),
+        **config.compile_options(tile, (q, k, v), mask, bias, INTERPRETED),
     )

@@ -81,11 +81,11 @@ inline void transpose(Vec r[16]) {
 }
 
 // (even, odd) bf16 bit patterns side by side: unit c = even[c] | odd[c] << 16.
-inline Vec pair_bf16(Vec even, Vec odd) {
-    const __m512i low = _mm512_cvtepu16_epi32(bf16_bits(even));
-    const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16_bits(odd)), 16);
-    return _mm512_castsi512_ps(_mm512_or_si512(low, high));
+inline Vec pair_bits(__m256i even, __m256i odd) {
+    const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16);
+    return _mm512_castsi512_ps(_mm512_or_si512(_mm512_cvtepu16_epi32(even), high));
 }
+inline Vec pair_bf16(Vec even, Vec odd) { return pair_bits(bf16_bits(even), bf16_bits(odd)); }
 
 #ifdef __AVX512BF16__
 #define FASTATTN_HAS_BF16_DOT 1

@@ -1,0 +1,117 @@
+// Products for a handful of query rows, read straight from the user's keys and values: packing would cost more than it saves.
+#pragma once
+#include "softmax_panel.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+// Lane n of the result is the sum of the lanes of r[n].
+inline Vec sum_each(Vec r[W]) {
+    transpose(r);
+    for (int step = 1; step < W; step *= 2) {
+        for (int n = 0; n + step < W; n += 2 * step) r[n] = vadd(r[n], r[n + step]);
+    }
+    return r[0];
+}
+
+// scores [rows][kGroupKeys] of one tile: a dot product per row and key, W keys at a time. Keys past Lk repeat the last.
+template <class Math>
+inline void direct_scores(const Panel& x, const Source& keys, int64_t tile, int64_t D, int64_t Lk, float* scores) {
+    const int64_t direct = D / (W * Math::kPair) * W, count = units<Math>(D);
+    for (int c = 0; c < 64; c += W) {
+        const int64_t j = tile * 64 + c;
+        for (int r = 0; r < x.rows; ++r) {
+            const float* q = x.q + r * x.ldq;
+            Vec sums[W];
+            for (int n = 0; n < W; ++n) {
+                const int64_t at = least<int64_t>(j + n, Lk - 1);
+                const char* key = keys.at(at);
+                Vec sum = vzero();
+                for (int64_t u = 0; u < direct; u += W) sum = Math::dot(vload(q + u), vload(key + 4 * u), sum);
+                if (direct < count) sum = Math::dot(vload(q + direct), load_units<Math>(keys, at, direct, D), sum);
+                sums[n] = sum;
+            }
+            vstore(scores + r * kGroupKeys + c, sum_each(sums));
+        }
+    }
+}
+
+// out [V * W] += weights * values over the keys of `seen`; value(n, v) is Vec v of key n, with its pair where units are pairs.
+template <class Math, int V, class Value>
+inline void direct_columns(const float* weights, uint64_t seen, float* out, Value&& value) {
+    Vec acc[V];
+    for (int v = 0; v < V; ++v) acc[v] = vload(out + v * W);
+    const auto add = [&](int n) {
+        const Vec w = vset(weights[n / Math::kPair]);
+        for (int v = 0; v < V; ++v) acc[v] = Math::dot(w, value(n, v), acc[v]);
+    };
+    if (seen == ~uint64_t{0}) {
+        for (int n = 0; n < 64; n += Math::kPair) add(n);
+    } else {
+        for (int n = 0; n < 64; n += Math::kPair) {
+            if (seen >> n & (Math::kPair == 2 ? 3 : 1)) add(n);
+        }
+    }
+    for (int v = 0; v < V; ++v) vstore(out + v * W, acc[v]);
+}
+
+// value(n, v) for whole vectors from column c on: keys of the tile one after another in memory at `step` bytes.
+template <class Math, int V, class Load>
+inline void direct_block(const float* weights, uint64_t seen, float* out, const char* rows, int64_t step, int64_t c,
+                         Load&& load) {
+    direct_columns<Math, V>(weights, seen, out, [&](int n, int v) {
+        if constexpr (Math::kPair == 1) {
+            return load(rows + n * step, c + v * W);
+        } else {
+#ifdef FASTATTN_HAS_BF16_DOT
+            const __m256i* even = reinterpret_cast<const __m256i*>(rows + n * step + (c + v * W) * 2);
+            const __m256i* odd = reinterpret_cast<const __m256i*>(rows + (n + 1) * step + (c + v * W) * 2);
+            const __m256i low = seen >> n & 1 ? _mm256_loadu_si256(even) : __m256i{};
+            const __m256i high = seen >> (n + 1) & 1 ? _mm256_loadu_si256(odd) : __m256i{};
+            return pair_bits(low, high);
+#endif
+        }
+    });
+}
+
+// out [rows][ldo] += weights * values of one tile; keys outside `seen` are not read.
+template <class Math>
+inline void direct_values(const Panel& x, const float* weights, const Source& values, uint64_t seen, int64_t tile,
+                          int64_t cols) {
+    const char* rows = values.at(tile * 64);
+    const int64_t step = values.row * element_size(values.dtype);
+    for (int r = 0; r < x.rows; ++r) {
+        const float* w = weights + r * kGroupKeys;
+        float* out = x.out + r * x.ldo;
+        int64_t c = 0;
+        with_loader(values.dtype, [&](auto load) {
+            for (; c + 8 * W <= cols; c += 8 * W) direct_block<Math, 8>(w, seen, out + c, rows, step, c, load);
+            for (; c + 4 * W <= cols; c += 4 * W) direct_block<Math, 4>(w, seen, out + c, rows, step, c, load);
+            for (; c + W <= cols; c += W) direct_block<Math, 1>(w, seen, out + c, rows, step, c, load);
+        });
+        if (c == cols) continue;
+        direct_columns<Math, 1>(w, seen, out + c, [&](int n, int) {
+            const int lanes_left = static_cast<int>(cols - c);
+            const Vec even = seen >> n & 1 ? values.load(tile * 64 + n, c, lanes_left) : vzero();
+            if constexpr (Math::kPair == 1) {
+                return even;
+            } else {
+#ifdef FASTATTN_HAS_BF16_DOT
+                return pair_bf16(even, seen >> (n + 1) & 1 ? values.load(tile * 64 + n + 1, c, lanes_left) : vzero());
+#endif
+            }
+        });
+    }
+}
+
+// out *= decay, which the packed product does on its way.
+inline void rescale(const Panel& x) {
+    for (int r = 0; r < x.rows; ++r) {
+        if (x.decay[r] == 1.0f) continue;
+        const Vec decay = vset(x.decay[r]);
+        for (int64_t c = 0; c < x.ldo; c += W) vstore(x.out + r * x.ldo + c, vmul(vload(x.out + r * x.ldo + c), decay));
+    }
+}
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

@@ -1,0 +1,69 @@
+"""Every instruction set's build of the kernels, each in its own process: FASTATTN_ISA forces a lower one than the CPU has."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastattn
+
+ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
+COMPACT = (
+    "test_options_combined or test_every_option or test_head_dims or test_few_queries or test_bits_are or test_rows_that "
+    "or test_hidden_keys or test_first_tiles or test_backward_with_lse or test_bitwise_over or test_rms or test_native_takes"
+)
+FILES = ("test_softmax.py", "test_softmax_masks.py", "test_softmax_numerics.py", "test_softmax_dropout.py")
+
+
+def _supported(isa):
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    needed = {"avx2": ("avx2", "fma"), "avx512": ("avx512f", "avx512bw", "avx512vl"), "avx512_bf16": ("avx512_bf16",)}
+    return [flag for flag in needed.get(isa, ()) if flag not in flags]
+
+
+def run(isa, *arguments):
+    environment = {**os.environ, "FASTATTN_ISA": isa, "FASTATTN_TEST_BACKENDS": "native", "OMP_NUM_THREADS": "2"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env=environment,
+        cwd=Path(__file__).parent,
+    )
+
+
+@pytest.fixture(autouse=True)
+def native():
+    if fastattn.backends.native.status() is not None:
+        pytest.skip(f"native: {fastattn.backends.native.status()}")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_forced_isa_is_used(isa):
+    missing = _supported(isa)
+    if missing:
+        pytest.skip(f"this CPU lacks {', '.join(missing)}")
+    done = run(isa, "-c", "import torch, fastattn; from fastattn import _C; print(_C.isa())")
+    assert done.stdout.strip() == isa, done.stderr
+
+
+def test_unknown_isa_is_refused():
+    done = run("avx1024", "-c", "import torch; from fastattn import _C; print(_C.isa())")
+    assert done.returncode != 0 and "FASTATTN_ISA" in done.stderr, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_native_suite(isa):
+    """The native half of the softmax tests; the ISA this CPU picks by itself has had all of it already."""
+    missing = _supported(isa)
+    if missing:
+        pytest.skip(f"this CPU lacks {', '.join(missing)}")
+    if isa == fastattn._C.best_isa():
+        pytest.skip(f"{isa} is the default here: the whole test session runs on it")
+    done = run(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=short", *FILES, "-k", COMPACT)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    passed = int(done.stdout.rsplit(" passed", 1)[0].split()[-1])
+    assert passed >= 200, done.stdout[-500:]
