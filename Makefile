@@ -38,7 +38,7 @@ sanitize: $(SANITIZED)/.installed
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1:strict_init_order=true:detect_odr_violation=0 \
 	UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 FASTATTN_TEST_BACKENDS=native \
-	PYTHONPATH=$(CURDIR)/$(SANITIZED) $(BIN)/pytest -p no:cacheprovider $(SANITIZE_ARGS)
+	PYTHONPATH=$(CURDIR)/$(SANITIZED) $(BIN)/pytest -p no:cacheprovider -p no:faulthandler --capture=sys $(SANITIZE_ARGS)
 
 install: $(VENV)/.installed
 

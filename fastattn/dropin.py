@@ -138,6 +138,10 @@ def _split_mask(attn_mask, query, key, lead):
             raise RuntimeError(
                 f"attn_mask must be bool, {query.dtype} or float32, got {attn_mask.dtype} {list(attn_mask.shape)}"
             )
+    scores = (*lead, *_head(query, key, value), query.shape[-2], key.shape[-2])
+    fits = attn_mask.dim() <= len(scores) and all(m in (1, s) for m, s in zip(attn_mask.shape[::-1], scores[::-1]))
+    if not fits:
+        raise RuntimeError(f"attn_mask {list(attn_mask.shape)} does not broadcast to {list(scores)}")
     if len(lead) > 1 and attn_mask.dim() > 3:
         attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-3:]).flatten(0, -4)
     return (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
@@ -174,6 +178,8 @@ _fastpath_before = True
 
 def _current() -> Optional[_Entry]:
     """The newest entry of this thread, else the newest of all: a patch is process-wide, its backend the thread's own."""
+    if len(_entries) < 2 or torch.compiler.is_compiling():
+        return _entries[-1] if _entries else None
     me = threading.get_ident()
     return next((e for e in reversed(_entries) if e.thread == me), _entries[-1] if _entries else None)
 

@@ -46,18 +46,31 @@ class SoftmaxCall(NamedTuple):
         return "softmax"
 
 
+def _memory_order(q: Tensor) -> tuple[int, int, int]:
+    """The first three dimensions of q, outermost in memory first."""
+    strides = q.stride()
+    if strides[0] >= strides[1] >= strides[2]:
+        return 0, 1, 2
+    if strides[0] >= strides[2] >= strides[1]:
+        return 0, 2, 1
+    first, second, third = sorted(range(3), key=lambda dim: -strides[dim])
+    return first, second, third
+
+
 def empty_like_layout(q: Tensor, last: int, dtype: Optional[torch.dtype] = None) -> Tensor:
     """Uninitialised [B, H, L, last] whose dimensions lie in memory in the order of q's (out follows q)."""
-    B, H, L, _ = q.shape
-    strides = q.stride()
-    stride_b, stride_h, stride_l, _ = strides
-    if stride_b >= stride_h >= stride_l:
-        return q.new_empty((B, H, L, last), dtype=dtype)
-    if stride_b >= stride_l >= stride_h:
-        return q.new_empty((B, L, H, last), dtype=dtype).transpose(1, 2)
-    order = sorted(range(3), key=lambda dim: -strides[dim])
+    order = _memory_order(q)
+    if order == (0, 1, 2):
+        return q.new_empty((*q.shape[:3], last), dtype=dtype)
     inverse = [order.index(dim) for dim in range(3)]
     return q.new_empty([q.shape[dim] for dim in order] + [last], dtype=dtype).permute(*inverse, 3)
+
+
+def to_layout(out: Tensor, q: Tensor) -> Tensor:
+    """out, moved where its dimensions do not lie in memory in the order of q's; differentiable."""
+    order = _memory_order(q)
+    inverse = [order.index(dim) for dim in range(3)]
+    return out.permute(*order, 3).contiguous().permute(*inverse, 3)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

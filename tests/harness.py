@@ -91,8 +91,8 @@ def reference(inputs: Inputs, case: Case, keep: Tensor | None = None) -> Result:
     return Result(out.detach(), lse.detach(), *backward(out, lse, inputs, [q, k, v, bias]))
 
 
-def _weights(inputs: Inputs, case: Case, keep: Tensor | None, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """P = exp(z - lse) [B, Hq, Lq, Lk], and the factor dropout puts on it."""
+def _weights(inputs: Inputs, case: Case, keep: Tensor | None, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """P = exp(z - lse) [B, Hq, Lq, Lk], the factor dropout puts on it, and z."""
     q, k, _, mask, bias, _, _ = inputs
     scale, (lo, hi) = _scale_and_band(inputs, case)
     offset = torch.arange(k.shape[2], device=q.device) - torch.arange(q.shape[2], device=q.device)[:, None]
@@ -103,7 +103,7 @@ def _weights(inputs: Inputs, case: Case, keep: Tensor | None, lse: Tensor) -> tu
         visible, z = visible & (bias != -torch.inf), z + bias
     p = torch.exp(z - lse[..., None]).masked_fill(~visible, 0)
     kept = torch.ones_like(p) if keep is None else keep * (1 / (1 - case.dropout_p) if case.dropout_p < 1 else 0.0)
-    return p, kept
+    return p, kept, z
 
 
 def textbook(
@@ -111,23 +111,26 @@ def textbook(
 ) -> Result:
     """Gradients by the formulas every fused kernel uses, densely: dS = P (dP - rowsum(dout out) + dlse).
 
-    With `magnitude` every term enters by its absolute value: how much goes through the accumulators.
+    With `magnitude` every term enters by its absolute value, and weights by how well an exponent of their size is known.
     """
-    p, kept = _weights(inputs, case, keep, lse)
+    p, kept, z = _weights(inputs, case, keep, lse)
     scale, sign = _scale_and_band(inputs, case)[0], -1.0
+    weights = p * z.abs().clamp(min=1) if magnitude else p
     if magnitude:
         inputs = inputs._replace(**{name: getattr(inputs, name).abs() for name in ("q", "k", "v", "dout", "dlse")})
         out, lse, scale, sign = (p * kept).to(out.dtype) @ _repeated(inputs.v, out), lse.abs(), abs(scale), 1.0
     q, k, v, _, bias, dout, dlse = inputs
     narrow, wide, groups = q.dtype, lse.dtype, (q.shape[0], k.shape[1], q.shape[1] // max(k.shape[1], 1))
     delta = (dout.to(wide) * out.to(wide)).sum(-1, keepdim=True)
-    ds = p * (kept * (dout @ _repeated(v, q).mT).to(wide) + sign * delta + dlse[..., None])
+    ds = weights * (kept * (dout @ _repeated(v, q).mT).to(wide) + sign * delta + dlse[..., None])
     dbias = (
         None if bias is None else ds.sum_to_size((1,) * (4 - bias.dim()) + bias.shape).view(bias.shape).to(bias.dtype)
     )
     ds = (ds * scale).to(narrow)
     dk = (ds.mT @ q).view(*groups, *k.shape[2:]).sum(2)
-    dv = ((p * kept).to(narrow).mT @ dout).view(*groups, *v.shape[2:]).sum(2)
+    dv = ((weights * kept).to(narrow).mT @ dout).view(*groups, *v.shape[2:]).sum(2)
+    if magnitude:
+        out = (weights * kept).to(narrow) @ _repeated(v, q)
     return Result(out, lse, ds @ _repeated(k, q), dk, dv, dbias)
 
 

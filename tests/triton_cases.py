@@ -88,7 +88,11 @@ def test_layouts(layout):
 def test_masks_and_biases_of_any_stride():
     case = vary(BOTH, mask="bhqk", bias="bhqk")
     inputs = make(case, FP32, device=DEVICE)
-    for strided in (lambda x: x[:, :1].expand(x.shape), lambda x: x.mT.contiguous().mT, lambda x: x.repeat(1, 1, 1, 2)[..., ::2]):
+    for strided in (
+        lambda x: x[:, :1].expand(x.shape),
+        lambda x: x.mT.contiguous().mT,
+        lambda x: x.repeat(1, 1, 1, 2)[..., ::2],
+    ):
         check_inputs(inputs._replace(mask=strided(inputs.mask), bias=strided(inputs.bias)), case, "triton")
 
 
@@ -131,28 +135,35 @@ def test_rows_that_see_nothing(dtype):
         assert (result.lse[:, :, row] == -torch.inf).all()
 
 
-@all_dtypes
-@pytest.mark.parametrize("poison", (float("nan"), float("inf")), ids=str)
-def test_hidden_keys_may_hold_nan(poison, dtype):
-    """Hidden by mask, bias, band or several of them; in the middle of tiles and in whole ones."""
-    padding = torch.ones(2, 1, 1, 70, dtype=torch.bool, device=DEVICE)
-    padding[0, ..., 33:], padding[1, ..., :17] = False, False
-    hiding = torch.zeros(2, 1, 1, 70, dtype=dtype, device=DEVICE).masked_fill(~padding, -torch.inf)
-    clean = make(vary(BOTH, Lk=70, Hk=1), dtype, device=DEVICE)
-    for mask, bias, options in (
-        (padding, None, {}),
-        (padding.expand(2, 2, 19, 70), None, {"window": (60, None)}),
-        (None, hiding, {"causal": True}),
-        (None, hiding.expand(2, 2, 19, 70), {}),
-        (None, None, {"causal": "top_left"}),
-    ):
-        hidden = ~padding[:, 0, 0] if "top_left" not in options.values() else (torch.arange(70) >= 19).expand(2, 70).to(DEVICE)
-        at = hidden[:, None, :, None]
-        inputs = clean._replace(mask=mask, bias=bias)
-        expected = run(inputs, **options)
-        result = run(inputs._replace(k=inputs.k.masked_fill(at, poison), v=inputs.v.masked_fill(at, poison)), **options)
-        assert_equal(result, expected, str(options))
-        assert not result.dk.masked_select(at).any() and not result.dv.masked_select(at).any()
+HIDDEN_BY = {
+    "mask": {},
+    "mask_rows": {"window": (40, None)},
+    "bias": {"causal": True},
+    "bias_rows": {},
+    "band": {"causal": "top_left"},
+}
+
+
+@pytest.mark.parametrize("by", HIDDEN_BY)
+@pytest.mark.parametrize("poison, dtype", [(float("nan"), FP32), (float("nan"), BF16), (float("inf"), FP16)], ids=str)
+def test_hidden_keys_may_hold_nan(poison, dtype, by):
+    """In the middle of a tile and in whole ones, whatever hides them."""
+    case = vary(SMALL, Hk=1, Lq=10, Lk=50)
+    padding = torch.ones(1, 1, 1, 50, dtype=torch.bool, device=DEVICE)
+    padding[..., 33:] = False
+    hiding = torch.zeros(1, 1, 1, 50, dtype=dtype, device=DEVICE).masked_fill(~padding, -torch.inf)
+    shape = (1, 2, 10, 50) if by.endswith("rows") else padding.shape
+    inputs = make(case, dtype, device=DEVICE)
+    inputs = inputs._replace(
+        mask=padding.expand(shape) if by.startswith("mask") else None,
+        bias=hiding.expand(shape) if by.startswith("bias") else None,
+    )
+    options = HIDDEN_BY[by]
+    at = (~padding if by != "band" else torch.arange(50, device=DEVICE) >= 10).view(1, 1, 50, 1)
+    expected = run(inputs, **options)
+    result = run(inputs._replace(k=inputs.k.masked_fill(at, poison), v=inputs.v.masked_fill(at, poison)), **options)
+    assert_equal(result, expected, by)
+    assert not result.dk.masked_select(at).any() and not result.dv.masked_select(at).any()
 
 
 @pytest.mark.parametrize("value, dtype", [(-2.45e5, FP32), (1e30, FP32), (-1e30, BF16), (90.0, FP16)], ids=str)
@@ -288,7 +299,10 @@ def test_more_heads_than_a_grid_has_rows(dtype):
 @pytest.mark.parametrize("D", (64, 96, 128, 256))
 def test_long_sequences(D):
     """Real tile sizes: full tiles, pipelined loads, several sections of heads."""
-    for case in (Case(B=2, Hq=8, Hk=2, Lq=1000, Lk=1500, D=D, causal=True), Case(Lq=777, Lk=513, D=D, window=(200, 100))):
+    for case in (
+        Case(B=2, Hq=8, Hk=2, Lq=1000, Lk=1500, D=D, causal=True),
+        Case(Lq=777, Lk=513, D=D, window=(200, 100)),
+    ):
         for dtype in DTYPES:
             check(case, dtype)
 

@@ -10,6 +10,11 @@ void register_peak(py::module_& m);
 }  // namespace fastattn
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+    try {
+        fastattn::current_isa();
+    } catch (const std::exception& error) {
+        throw py::import_error(error.what());
+    }
     m.doc() = "Native kernels of fastattn: no torch inside, tensors are read through their Python methods.";
     m.def("isa", [] { return fastattn::isa_name(fastattn::current_isa()); }, "instruction set in use");
     m.def("best_isa", [] { return fastattn::isa_name(fastattn::best_isa()); }, "best instruction set of this machine");

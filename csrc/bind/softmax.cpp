@@ -1,6 +1,7 @@
 #include "fastattn/softmax.h"
 
 #include <cmath>
+#include <initializer_list>
 
 #include "tensor.h"
 
@@ -34,14 +35,40 @@ int64_t bound(py::handle value, int64_t missing) {
     return x > kUnbounded ? kUnbounded : x < -kUnbounded ? -kUnbounded : x;
 }
 
+bool is_empty(const TensorView& t) { return !t.size[0] || !t.size[1] || !t.size[2] || !t.size[3]; }
+
+void refuse_unless_contiguous(const TensorView& t, const char* name) {
+    int64_t dense = 1;
+    for (int i = 3; i >= 0 && !is_empty(t); dense *= t.size[i--]) {
+        if (t.size[i] > 1 && t.stride[i] != dense) refuse(std::string(name) + " must be contiguous");
+    }
+}
+
+// First byte past the last element.
+const char* end_of(const TensorView& t) {
+    int64_t last = 0;
+    for (int i = 0; i < 4; ++i) last += (t.size[i] - 1) * t.stride[i];
+    return t.data + (last + 1) * element_size(t.dtype);
+}
+
+// A tensor that is written must have one place for each element, and share none with what is read or written beside it.
+void refuse_overlap(const TensorView& t, const char* name, std::initializer_list<const TensorView*> others) {
+    if (!t || is_empty(t)) return;
+    for (int i = 0; i < 4; ++i) {
+        if (t.size[i] > 1 && t.stride[i] == 0) refuse(std::string(name) + " is expanded: its elements share memory");
+    }
+    for (const TensorView* other : others) {
+        if (*other && !is_empty(*other) && t.data < end_of(*other) && other->data < end_of(t)) {
+            refuse(std::string(name) + " shares memory with another tensor of the call");
+        }
+    }
+}
+
 float* lse_data(const TensorView& t, const char* name, const SoftmaxParams& p) {
     if (!t) return nullptr;
     expect(t, name, {1, p.B(), p.Hq(), p.Lq()});
     if (t.dtype != DType::kFloat32) refuse(std::string(name) + " must be float32");
-    const int64_t want[4] = {0, p.Hq() * p.Lq(), p.Lq(), 1};
-    for (int i = 1; i < 4; ++i) {
-        if (t.size[i] > 1 && t.stride[i] != want[i]) refuse(std::string(name) + " must be contiguous");
-    }
+    refuse_unless_contiguous(t, name);
     return reinterpret_cast<float*>(t.data);
 }
 
@@ -74,7 +101,9 @@ SoftmaxParams params(py::handle q, py::handle k, py::handle v, py::handle mask, 
         expect(p.bias, "bias", {B, Hq, Lq, Lk}, true);
         if (p.bias.dtype != p.q.dtype && p.bias.dtype != DType::kFloat32) refuse("bias must be float32 or the dtype of q");
     }
-    p.lse = lse_data(view_of(lse, "lse", 3), "lse", p);
+    const TensorView lse_view = view_of(lse, "lse", 3);
+    p.lse = lse_data(lse_view, "lse", p);
+    refuse_overlap(p.out, "out", {&p.q, &p.k, &p.v, &p.mask, &p.bias, &lse_view});
     if (!std::isfinite(scale)) refuse("scale must be finite");
     if (!(dropout_p >= 0.0 && dropout_p <= 1.0)) refuse("dropout_p must be in [0, 1]");
     p.scale = scale;
@@ -127,10 +156,14 @@ void backward(py::handle dout, py::handle dlse, py::handle q, py::handle k, py::
     same(g.dv, "dv", p.v, p.q.dtype);
     if (g.dbias && !p.bias) refuse("dbias without bias");
     same(g.dbias, "dbias", p.bias, DType::kFloat32);
-    int64_t dense_stride = 1;
-    for (int i = 3; g.dbias && i >= 0; dense_stride *= g.dbias.size[i--]) {
-        if (g.dbias.size[i] > 1 && g.dbias.stride[i] != dense_stride) refuse("dbias must be contiguous");
-    }
+    if (g.dbias) refuse_unless_contiguous(g.dbias, "dbias");
+    const std::initializer_list<const TensorView*> read = {&p.q, &p.k, &p.v, &p.out, &g.dout, &p.mask, &p.bias};
+    refuse_overlap(g.dq, "dq", read);
+    refuse_overlap(g.dk, "dk", read);
+    refuse_overlap(g.dv, "dv", read);
+    refuse_overlap(g.dq, "dq", {&g.dk, &g.dv, &g.dbias});
+    refuse_overlap(g.dk, "dk", {&g.dv, &g.dbias});
+    refuse_overlap(g.dv, "dv", {&g.dbias});
     const py::gil_scoped_release released;
     softmax_backward(p, g);
 }

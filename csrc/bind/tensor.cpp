@@ -7,9 +7,10 @@ namespace {
 
 // Attribute names and dtype objects, made once: looking a tensor up is most of the cost of a small call.
 struct Names {
-    PyObject *is_cpu, *dtype, *shape, *stride, *data_ptr, *dtypes[4];
+    PyObject *is_cpu, *is_neg, *dtype, *shape, *stride, *data_ptr, *dtypes[4];
     Names() {
         is_cpu = PyUnicode_InternFromString("is_cpu");
+        is_neg = PyUnicode_InternFromString("is_neg");
         dtype = PyUnicode_InternFromString("dtype");
         shape = PyUnicode_InternFromString("shape");
         stride = PyUnicode_InternFromString("stride");
@@ -63,6 +64,9 @@ TensorView view_of(py::handle tensor, const char* name, int dims, bool optional)
         return view;
     }
     if (get(tensor, known().is_cpu, name).ptr() != Py_True) refuse(std::string(name) + " must be a CPU tensor");
+    if (checked(PyObject_CallMethodNoArgs(tensor.ptr(), known().is_neg)).ptr() == Py_True) {
+        refuse(std::string(name) + " has the negative bit set; call resolve_neg() on it");
+    }
     view.dtype = dtype_of(tensor, name);
     const py::object shape = get(tensor, known().shape, name);
     const py::object strides = checked(PyObject_CallMethodNoArgs(tensor.ptr(), known().stride));

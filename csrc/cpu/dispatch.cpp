@@ -1,6 +1,8 @@
 // Chooses the ISA once per process and forwards each entry point to it.
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "fastattn/isa.h"
 #include "fastattn/softmax.h"
@@ -28,10 +30,13 @@ Isa best_isa() {
 static Isa choose() {
     const Isa best = best_isa();
     const char* forced = std::getenv("FASTATTN_ISA");
-    for (int i = 0; forced && i < static_cast<int>(best); ++i) {
+    if (!forced || !*forced) return best;
+    std::string names;
+    for (int i = 0; i <= static_cast<int>(best); ++i) {
         if (!std::strcmp(forced, kNames[i])) return static_cast<Isa>(i);
+        names += std::string(i ? ", " : "") + kNames[i];
     }
-    return best;
+    throw std::runtime_error(std::string("FASTATTN_ISA=") + forced + " is not one of those this CPU has: " + names);
 }
 
 Isa current_isa() {
@@ -47,6 +52,7 @@ Isa current_isa() {
         return isa::softmax_backward(p, g);
 
 void softmax_forward(const SoftmaxParams& p) {
+    if (p.B() == 0 || p.Hq() == 0 || p.Lq() == 0) return;
     switch (current_isa()) {
         FASTATTN_FOR_EACH_ISA(FASTATTN_CASE_FORWARD)
         default:

@@ -36,17 +36,13 @@ struct Segment {
 
 enum class Store { kWrite, kAdd, kRescale };  // C = AB, C += AB, C = decay[r] * C + AB
 
-// Unrolled early, the accumulators are registers from the start; else GCC gives them a home on the stack as well.
-#define FASTATTN_UNROLL _Pragma("GCC unroll 16")
-
 template <class Math, int R, int N, Store store>
-inline void register_tile(const Rows& x, const Segment* segments, int count, const float* b, float* c, int64_t ldc,
-                          const float* decay) {
+inline void register_tile(const Rows& x, const Segment* segments, int count, const float* b, int64_t b_step, float* c,
+                          int64_t ldc, const float* decay) {
     Vec acc[R][N];
     FASTATTN_UNROLL for (int r = 0; r < R; ++r) {
         FASTATTN_UNROLL for (int n = 0; n < N; ++n) {
-            acc[r][n] = store == Store::kWrite ? vzero() : vload(c + r * ldc + n * W);
-            if (store == Store::kRescale) acc[r][n] = vmul(acc[r][n], vset(decay[r]));
+            acc[r][n] = vzero();
         }
     }
     const int64_t row = x.row, step = x.step;
@@ -54,7 +50,7 @@ inline void register_tile(const Rows& x, const Segment* segments, int count, con
         // One pointer for every third row: base + {0, 1, 2} * row are addressing modes.
         const float* a[(R + 2) / 3];
         FASTATTN_UNROLL for (int r = 0; r < R; r += 3) a[r / 3] = x.a + segments[i].a_at * step + r * row;
-        const float* bs = b + segments[i].b_at * (N * W);
+        const float* bs = b + segments[i].b_at * b_step;
         for (int64_t s = segments[i].steps; s > 0; --s) {
             Vec bv[N];
             FASTATTN_UNROLL for (int n = 0; n < N; ++n) bv[n] = vload(bs + n * W);
@@ -63,27 +59,32 @@ inline void register_tile(const Rows& x, const Segment* segments, int count, con
                 FASTATTN_UNROLL for (int n = 0; n < N; ++n) acc[r][n] = Math::dot(av, bv[n], acc[r][n]);
             }
             FASTATTN_UNROLL for (int r = 0; r < R; r += 3) a[r / 3] += step;
-            bs += N * W;
+            bs += b_step;
         }
     }
     FASTATTN_UNROLL for (int r = 0; r < R; ++r) {
-        FASTATTN_UNROLL for (int n = 0; n < N; ++n) vstore(c + r * ldc + n * W, acc[r][n]);
+        FASTATTN_UNROLL for (int n = 0; n < N; ++n) {
+            // What was there is added last: short sums first keep the rounding small.
+            float* at = c + r * ldc + n * W;
+            if (store == Store::kAdd) acc[r][n] = vadd(vload(at), acc[r][n]);
+            if (store == Store::kRescale) acc[r][n] = vfma(vload(at), vset(decay[r]), acc[r][n]);
+            vstore(at, acc[r][n]);
+        }
     }
 }
-#undef FASTATTN_UNROLL
 
 template <class Math, int N, Store store, int kHeight>
-inline void tile_rows(int rows, Rows x, const Segment* segments, int count, const float* b, float* c, int64_t ldc,
-                      const float* decay) {
+inline void tile_rows(int rows, Rows x, const Segment* segments, int count, const float* b, int64_t b_step, float* c,
+                      int64_t ldc, const float* decay) {
     for (; rows >= kHeight; rows -= kHeight) {
-        register_tile<Math, kHeight, N, store>(x, segments, count, b, c, ldc, decay);
+        register_tile<Math, kHeight, N, store>(x, segments, count, b, b_step, c, ldc, decay);
         x.a += kHeight * x.row;
         c += kHeight * ldc;
         if (store == Store::kRescale) decay += kHeight;
     }
 #define FASTATTN_TILE(R)                                                                                   \
     case R:                                                                                                \
-        if constexpr (R < kHeight) register_tile<Math, R, N, store>(x, segments, count, b, c, ldc, decay); \
+        if constexpr (R < kHeight) register_tile<Math, R, N, store>(x, segments, count, b, b_step, c, ldc, decay); \
         break;
     switch (rows) {
         FASTATTN_TILE(1) FASTATTN_TILE(2) FASTATTN_TILE(3) FASTATTN_TILE(4)
@@ -101,11 +102,23 @@ template <class Math, Store store, int kHeight = kTileRows>
 inline void gemm(int rows, int vecs, const Rows& x, const Segment* segments, int count, const float* b, int64_t b_steps,
                  float* c, int64_t ldc, const float* decay = nullptr) {
     for (; vecs >= 2; vecs -= 2) {
-        tile_rows<Math, 2, store, kHeight>(rows, x, segments, count, b, c, ldc, decay);
+        tile_rows<Math, 2, store, kHeight>(rows, x, segments, count, b, kPanel, c, ldc, decay);
         b += b_steps * kPanel;
         c += kPanel;
     }
-    if (vecs) tile_rows<Math, 1, store, kHeight>(rows, x, segments, count, b, c, ldc, decay);
+    if (vecs) tile_rows<Math, 1, store, kHeight>(rows, x, segments, count, b, W, c, ldc, decay);
+}
+
+// The same with B unpacked: whole vectors of rows `b_step` units apart.
+template <class Math, Store store>
+inline void gemm_unpacked(int rows, int vecs, const Rows& x, const Segment& segment, const float* b, int64_t b_step,
+                          float* c, int64_t ldc, const float* decay = nullptr) {
+    for (; vecs >= 2; vecs -= 2) {
+        tile_rows<Math, 2, store, kTileRows>(rows, x, &segment, 1, b, b_step, c, ldc, decay);
+        b += kPanel;
+        c += kPanel;
+    }
+    if (vecs) tile_rows<Math, 1, store, kTileRows>(rows, x, &segment, 1, b, b_step, c, ldc, decay);
 }
 
 }  // namespace FASTATTN_ISA

@@ -89,12 +89,12 @@ inline void pack_rows(const Source& x, int64_t r0, int64_t n, int64_t cols, floa
 
 // Columns [u, u + W) of W rows as units, transposed, to rows of `out`.
 template <class Load>
-inline void transpose_block(int64_t rows, float* out, Load&& load) {
+FASTATTN_INLINE void transpose_block(int64_t rows, float* out, Load&& load) {
     Vec block[W];
-    for (int i = 0; i < W; ++i) block[i] = load(i);
+    FASTATTN_UNROLL for (int i = 0; i < W; ++i) block[i] = load(i);
     transpose(block);
     if (rows == W) {
-        for (int i = 0; i < W; ++i) vstore(out + i * kPanel, block[i]);
+        FASTATTN_UNROLL for (int i = 0; i < W; ++i) vstore(out + i * kPanel, block[i]);
     } else {
         for (int64_t i = 0; i < rows; ++i) vstore(out + i * kPanel, block[i]);
     }

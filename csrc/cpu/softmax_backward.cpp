@@ -1,16 +1,16 @@
-// Softmax attention, backward, in one pass over the scores. A task holds a block of keys and goes over all queries: dK and
-// dV are its own sums. dQ is summed over tasks in the order of the keys: a task adds to a block of queries after the task
-// before it has. Tasks are claimed in that order too, so whoever is waited for is running, on any number of threads.
-#include "fastattn/softmax.h"
-
+// Softmax attention, backward, in one pass over the scores. A task holds a block of keys and goes over all queries: dK
+// and dV are its own sums. dQ is summed over tasks in the order of the keys: a task adds to a block of queries after
+// the task before it has. Tasks are claimed in that order too, so whoever is waited for is running, on any number of
+// threads.
 #include "fastattn/parallel.h"
+#include "fastattn/softmax.h"
 #include "softmax_backward_bias.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
 namespace {
 
-constexpr double kSerialWork = 1 << 16;  // scores under which waking a team costs more than it saves
+constexpr double kSerialWork = 1 << 19;  // scores x (D + Dv) under which waking a team costs more than it saves
 
 void store_row(const TensorView& t, int64_t b, int64_t h, int64_t i, int64_t cols, const float* row, float factor) {
     char* target = t.row(b, h, i);
@@ -59,14 +59,15 @@ class Backward {
         const int64_t batches = bias_.shares_batches() ? 1 : p_.B(), heads = bias_.shares_heads() ? 1 : p_.Hk();
         const int64_t owners = batches * heads, tasks = owners * sizes_.k_blocks;
         const int64_t preparations = p_.B() * p_.Hq() * sizes_.q_blocks;
-        const double work = static_cast<double>(p_.B() * p_.Hq() * p_.Lq()) * static_cast<double>(p_.Lk());
+        const double work =
+            static_cast<double>(p_.B() * p_.Hq() * p_.Lq()) * static_cast<double>(p_.Lk() * (p_.D() + p_.Dv()));
         const int64_t threads = work < kSerialWork ? 1 : least<int64_t>(p_.threads, most(tasks, preparations));
-        const int64_t size = reinterpret_cast<intptr_t>(Buffers().lay_out(sizes_, nullptr));
-        const Scratch memory(threads * size);
+        const int64_t size = Buffers().lay_out(sizes_, nullptr);
+        const Scratch memory(threads * size * 4);
         std::atomic<int64_t> next{0}, members{0}, prepared{0};
         run_team(static_cast<int>(threads), [&] {
             Buffers buffers;
-            buffers.lay_out(sizes_, memory.as<float>() + members.fetch_add(1) * (size / 4));
+            buffers.lay_out(sizes_, memory.as<float>() + members.fetch_add(1) * size);
             for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < preparations + tasks;) {
                 if (task < preparations) {
                     prepare(task / sizes_.q_blocks, task % sizes_.q_blocks);
@@ -76,7 +77,8 @@ class Backward {
                 wait_until(prepared, preparations);
                 // Neighbouring tasks belong to different heads where there are several: then nobody waits.
                 const int64_t at = task - preparations, wave = at / (threads * sizes_.k_blocks);
-                const int64_t width = least(threads, owners - wave * threads), rest = at - wave * threads * sizes_.k_blocks;
+                const int64_t width = least(threads, owners - wave * threads),
+                              rest = at - wave * threads * sizes_.k_blocks;
                 const int64_t owner = wave * threads + rest % width, n = rest / width;
                 const int64_t b0 = owner / heads, hk0 = owner % heads;
                 for (int64_t b = b0; b < (batches == 1 ? p_.B() : b0 + 1); ++b) {
@@ -170,7 +172,8 @@ class Backward {
         }
         if (g_.dq) pack_summed<Math>(k, j0, sizes_.keys, p_.D(), x.k_rows, sizes_.key_units, 0);
         // Without dP there is no dS; what is made of these zeros is not read.
-        if (!needs_ds_) memset(x.dscores_by_key, 0, sizeof(float) * static_cast<size_t>(Sizes::kQueries * sizes_.key_units));
+        if (!needs_ds_)
+            memset(x.dscores_by_key, 0, sizeof(float) * static_cast<size_t>(Sizes::kQueries * sizes_.key_units));
         if constexpr (Math::kPair == 2) {
             if (!needs_ds_) memset(x.dweights, 0, sizeof(float) * kStrip * kPanel);
         }
@@ -198,7 +201,8 @@ class Backward {
             }
             for (; panel < end; ++panel) {
                 bool masked = bool(p_.bias);
-                used[panel] = cover == BackwardSight::kAll ? ~uint64_t{0} >> (64 - groups(q)) : seen_groups(x, q, panel, masked);
+                used[panel] =
+                    cover == BackwardSight::kAll ? ~uint64_t{0} >> (64 - groups(q)) : seen_groups(x, q, panel, masked);
                 if (used[panel]) key_panel(x, q, n, panel, used[panel], masked, row_sums);
             }
         }
@@ -227,7 +231,8 @@ class Backward {
     }
 
     // One panel of keys: scores to weights and their gradients, strip by strip, then what they add to dV and dK.
-    void key_panel(Buffers& x, const Queries& q, int64_t n, int64_t panel, uint64_t used, bool masked, float* row_sums) const {
+    void key_panel(Buffers& x, const Queries& q, int64_t n, int64_t panel, uint64_t used, bool masked,
+                   float* row_sums) const {
         constexpr int kMaxRuns = Sizes::kGroups / 2 + 1;
         Segment runs[kMaxRuns];
         int count = 0;
@@ -245,17 +250,18 @@ class Backward {
         const int keys = static_cast<int>(least<int64_t>(kPanel, p_.Lk() - n * sizes_.keys - key));
         const float* dscores = Math::kPair == 1 ? x.dscores_by_key + panel * Sizes::kQueries * kPanel : x.dscores;
         if (g_.dv) {
-            gemm<Math, Store::kAdd, kTall>(keys, static_cast<int>(sizes_.dv_vecs), {x.weights, 1, kPanel}, runs, count, x.o_summed,
-                                    steps(), x.dv + key * sizes_.ld_dv, sizes_.ld_dv);
+            gemm<Math, Store::kAdd, kTall>(keys, static_cast<int>(sizes_.dv_vecs), {x.weights, 1, kPanel}, runs, count,
+                                           x.o_summed, steps(), x.dv + key * sizes_.ld_dv, sizes_.ld_dv);
         }
         if (g_.dk) {
-            gemm<Math, Store::kAdd, kTall>(keys, static_cast<int>(sizes_.d_vecs), {dscores, 1, kPanel}, runs, count, x.q_summed,
-                                    steps(), x.dk + key * sizes_.ld_d, sizes_.ld_d);
+            gemm<Math, Store::kAdd, kTall>(keys, static_cast<int>(sizes_.d_vecs), {dscores, 1, kPanel}, runs, count,
+                                           x.q_summed, steps(), x.dk + key * sizes_.ld_d, sizes_.ld_d);
         }
     }
 
     // P and dS of rows [r0, r0 + rows) of the block and one panel of keys.
-    void strip(Buffers& x, const Queries& q, int64_t n, int64_t panel, int r0, int rows, bool masked, float* row_sums) const {
+    void strip(Buffers& x, const Queries& q, int64_t n, int64_t panel, int r0, int rows, bool masked,
+               float* row_sums) const {
         Strip s;
         const int64_t head = (q.b * p_.Hq() + q.h) * rows_ + q.i0 + r0, j0 = n * sizes_.keys + panel * kPanel;
         s.lse = lse_.as<float>() + head;
@@ -275,10 +281,12 @@ class Backward {
         }
         const Segment d{0, 0, sizes_.d_units}, dv{0, 0, sizes_.dv_units};
         gemm<Math, Store::kWrite, kTall>(rows, 2, {x.q + r0 * sizes_.ld_q, sizes_.ld_q, 1}, &d, 1,
-                                  x.k_columns + panel * kPanel * sizes_.d_units, sizes_.d_units, s.scores, kPanel);
+                                         x.k_columns + panel * kPanel * sizes_.d_units, sizes_.d_units, s.scores,
+                                         kPanel);
         if (needs_ds_) {
             gemm<Math, Store::kWrite, kTall>(rows, 2, {x.o + r0 * sizes_.ld_o, sizes_.ld_o, 1}, &dv, 1,
-                                      x.v_columns + panel * kPanel * sizes_.dv_units, sizes_.dv_units, s.dweights, kPanel);
+                                             x.v_columns + panel * kPanel * sizes_.dv_units, sizes_.dv_units,
+                                             s.dweights, kPanel);
         }
         if (rows % Math::kPair) {  // the missing row of the last pair
             memset(s.scores + rows * kPanel, 0, sizeof(float) * kPanel);
@@ -331,7 +339,8 @@ class Backward {
     void add_dq(const Buffers& x, const Queries& q, const uint64_t* used, float* dq, int64_t ld) const {
         const auto panels_of = [&](int g) {
             uint32_t set = 0;
-            for (int panel = 0; panel < sizes_.panels; ++panel) set |= static_cast<uint32_t>(used[panel] >> g & 1) << panel;
+            for (int panel = 0; panel < sizes_.panels; ++panel)
+                set |= static_cast<uint32_t>(used[panel] >> g & 1) << panel;
             return set;
         };
         const int count = groups(q);
@@ -343,12 +352,14 @@ class Backward {
             int segment_count = 0;
             for (int panel = 0; panel < sizes_.panels; ++panel) {
                 if (!(set >> panel & 1)) continue;
-                segments[segment_count++] = {int64_t{panel} * Sizes::kQueries * Sizes::kUnits, panel * Sizes::kUnits, Sizes::kUnits};
+                segments[segment_count++] = {int64_t{panel} * Sizes::kQueries * Sizes::kUnits, panel * Sizes::kUnits,
+                                             Sizes::kUnits};
             }
             const int64_t r0 = g * kTall;
             const int rows = static_cast<int>(least<int64_t>(end * kTall, q.rows) - r0);
-            gemm<Math, store, kTall>(rows, static_cast<int>(sizes_.d_vecs), {x.dscores_by_key + r0 * Sizes::kUnits, Sizes::kUnits, 1},
-                              segments, segment_count, x.k_rows, sizes_.key_units, dq + r0 * ld, ld);
+            gemm<Math, store, kTall>(rows, static_cast<int>(sizes_.d_vecs),
+                                     {x.dscores_by_key + r0 * Sizes::kUnits, Sizes::kUnits, 1}, segments, segment_count,
+                                     x.k_rows, sizes_.key_units, dq + r0 * ld, ld);
             g = end;
         }
     }

@@ -15,10 +15,10 @@ inline void add_bias(const SoftmaxParams& p, int64_t b, int64_t h, int64_t i0, i
         for (int v = 0; v < 2; ++v) {
             const int64_t j = j0 + v * W;
             const int n = static_cast<int>(most<int64_t>(0, least<int64_t>(W, p.Lk() - j)));
-            const Vec bias = stride == 0 ? vset(load_one(source, p.bias.dtype, 0))
-                                         : load_floats(source, p.bias.dtype, j, stride, n);
+            const Vec bias =
+                stride == 0 ? vset(load_one(source, p.bias.dtype, 0)) : load_floats(source, p.bias.dtype, j, stride, n);
             float* s = scores + r * kPanel + v * W;
-            vstore(s, vadd(vmul(vload(s), scales), bias));
+            vstore(s, vfma(vload(s), scales, bias));
             const uint64_t hidden = ~vnot_equal(bias, vset(-kInfinity)) & ((uint64_t{1} << W) - 1);
             visible[r] &= ~(hidden << (shift + v * W));
         }
@@ -35,7 +35,9 @@ class BiasGradient {
           by_row_(d && d.size[3] == 1),
           by_column_(d && d.size[3] != 1 && d.size[2] == 1),
           dense_(d && d.size[3] != 1 && d.size[2] != 1),
-          length_(by_row_ ? p.Lq() : by_column_ ? p.Lk() : 0),
+          length_(by_row_      ? p.Lq()
+                  : by_column_ ? p.Lk()
+                               : 0),
           sums_(p.B() * p.Hq() * length_ * 4) {}
 
     bool wanted() const { return bool(d_); }
@@ -47,7 +49,8 @@ class BiasGradient {
     // Before the queries [i0, i0 + rows) and keys [j0, j0 + keys) of (b, h), in every block whether visible or not.
     void open(int64_t b, int64_t h, int64_t i0, int64_t rows, int64_t j0, int64_t keys) const {
         if (!dense_ || (shares_batches() && b > 0) || (shares_heads() && h > 0)) return;
-        for (int64_t i = i0; i < i0 + rows; ++i) memset(row(b, h, i) + j0, 0, sizeof(float) * static_cast<size_t>(keys));
+        for (int64_t i = i0; i < i0 + rows; ++i)
+            memset(row(b, h, i) + j0, 0, sizeof(float) * static_cast<size_t>(keys));
     }
     void open_columns(int64_t b, int64_t h, int64_t j0, int64_t keys) const {
         if (by_column_) memset(sums(b, h) + j0, 0, sizeof(float) * static_cast<size_t>(keys));

@@ -10,9 +10,10 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-constexpr int kTall = W == 16 ? 12 : kTileRows;  // rows of a register tile: 24 sums, two of B and one of A fill the registers
-constexpr int kStrip = 4 * kTall;                // rows whose scores are made and used up while in the first-level cache
-constexpr int64_t kMaxKeys = 256;      // keys of a block at most
+constexpr int kTall =
+    W == 16 ? 12 : kTileRows;      // rows of a register tile: 24 sums, two of B and one of A fill the registers
+constexpr int kStrip = 4 * kTall;  // rows whose scores are made and used up while in the first-level cache
+constexpr int64_t kMaxKeys = 256;  // keys of a block at most
 constexpr int kMaxPanels = static_cast<int>(kMaxKeys) / kPanel;
 
 // Sizes of a call in elements, units, and blocks. They depend on the shape alone: so do all sums.
@@ -38,15 +39,16 @@ struct BackwardSizes {
           dv_vecs(ceil_div(Dv, W)),
           ld_d(d_vecs * W),
           ld_dv(dv_vecs * W),
-          keys(block_keys(most(D, Dv), p.Lk())),
+          keys(block_keys(most(D, Dv), p.Hk(), p.Lk())),
           key_units(keys / Math::kPair),
           panels(keys / kPanel),
           q_blocks(ceil_div(p.Lq(), kQueries)),
           k_blocks(ceil_div(p.Lk(), keys)) {}
 
-    // Packed keys and their sums stay in a second-level cache; one head of 512 keys still keeps two threads busy.
-    static int64_t block_keys(int64_t widest, int64_t Lk) {
-        return least(widest > 64 || Lk < 1024 ? 128 : kMaxKeys, round_up(Lk, 64));
+    // Packed keys and their sums stay in a second-level cache. Few keys in all make narrow blocks: work for every
+    // thread.
+    static int64_t block_keys(int64_t widest, int64_t heads, int64_t Lk) {
+        return least(widest > 64 || heads * Lk < 4096 ? 128 : kMaxKeys, round_up(Lk, 64));
     }
 };
 
@@ -54,19 +56,20 @@ struct BackwardSizes {
 template <class Math>
 struct BackwardBuffers {
     using Sizes = BackwardSizes<Math>;
-    float *k_columns, *v_columns, *k_rows;   // B operands of Q K^T, dO V^T, dS K
-    float *q, *o, *q_summed, *o_summed;      // A operands of Q K^T, dO V^T; B operands of dS^T Q, P^T dO
-    float *dk, *dv, *dq;                     // sums
-    float *scores, *dweights;                // one strip of S and of dP, then of dS
-    float *weights, *dscores;                // one panel of P and dS, units along queries
-    float* dscores_by_key;                   // all panels of dS, units along keys
-    uint64_t *visible, *keep;                // bits of the query rows for one key tile
+    float *k_columns, *v_columns, *k_rows;         // B operands of Q K^T, dO V^T, dS K
+    float *q, *o, *q_summed, *o_summed;            // A operands of Q K^T, dO V^T; B of dS^T Q, P^T dO
+    float *dk, *dv, *dq;                           // sums
+    float *scores = nullptr, *dweights = nullptr;  // one strip of S and of dP, then of dS
+    float *weights, *dscores = nullptr;            // one panel of P and dS, units along queries
+    float* dscores_by_key;                         // all panels of dS, units along keys
+    uint64_t *visible, *keep;                      // bits of the query rows for one key tile
 
-    // Null `base`: only counts. Fp32 makes P and dS in place: S and dP need no buffers of their own.
-    float* lay_out(const Sizes& s, float* base) {
-        float* at = base;
-        const auto take = [&at](int64_t n) {
-            float* const start = at;
+    // Returns how many floats it takes from `base`, which may be null to ask just that. Fp32 makes P and dS in place: S
+    // and dP need no buffers of their own.
+    int64_t lay_out(const Sizes& s, float* base) {
+        int64_t at = 0;
+        const auto take = [&at, base](int64_t n) {
+            float* const start = base ? base + at : nullptr;
             at += round_up(n, 16);
             return start;
         };
@@ -100,7 +103,11 @@ class BackwardSight {
     enum Cover { kNothing, kPart, kAll };
 
     BackwardSight(const SoftmaxParams& p, int64_t queries, int64_t keys)
-        : p_(p), sight_(p, Sight::kSeen | Sight::kRows), queries_(queries), keys_(keys), k_blocks_(ceil_div(p.Lk(), keys)) {}
+        : p_(p),
+          sight_(p, Sight::kSeen | Sight::kRows),
+          queries_(queries),
+          keys_(keys),
+          k_blocks_(ceil_div(p.Lk(), keys)) {}
 
     // The first key block from n on that query block m touches, or the number of key blocks.
     int64_t next(int64_t b, int64_t h, int64_t m, int64_t n) const {
@@ -122,7 +129,8 @@ class BackwardSight {
         return found;
     }
 
-    // Bits of key tile `tile` that the rows from i0 on see; they are written only where the answer is kPart, or `always`.
+    // Bits of key tile `tile` that the rows from i0 on see; they are written only where the answer is kPart, or
+    // `always`.
     Cover look(int64_t b, int64_t h, int64_t i0, int rows, int64_t tile, bool always, uint64_t* bits) const {
         const int64_t j0 = tile * kTile, j1 = least(j0 + kTile, p_.Lk()), i1 = i0 + rows;
         if (j0 >= j1 || j0 > i1 - 1 + p_.hi || j1 - 1 < i0 + p_.lo) return kNothing;
@@ -180,12 +188,12 @@ class BackwardSight {
 
 // Rows of S and dP that become P and dS.
 struct Strip {
-    float *scores, *dweights;       // [rows][kPanel]; dweights receives dS where it is not the output itself
-    const float *lse, *delta;       // [rows]
-    const uint64_t *visible, *keep; // [rows]
-    int shift;                      // the panel's first key in those words
-    float *weights, *dscores;       // units along queries
-    float* dscores_by_key;          // units along keys
+    float *scores, *dweights;        // [rows][kPanel]; dweights receives dS where it is not the output itself
+    const float *lse, *delta;        // [rows]
+    const uint64_t *visible, *keep;  // [rows]
+    int shift;                       // the panel's first key in those words
+    float *weights, *dscores;        // units along queries
+    float* dscores_by_key;           // units along keys
 };
 
 // P = exp(s * scale - lse), dS = P (dP - delta); both 0 where hidden. Dropout keeps some weights, times keep_factor.

@@ -6,32 +6,65 @@ namespace fastattn {
 namespace FASTATTN_ISA {
 
 // Lane n of the result is the sum of the lanes of r[n].
-inline Vec sum_each(Vec r[W]) {
+FASTATTN_INLINE Vec sum_each(Vec r[W]) {
     transpose(r);
-    for (int step = 1; step < W; step *= 2) {
-        for (int n = 0; n + step < W; n += 2 * step) r[n] = vadd(r[n], r[n + step]);
+    FASTATTN_UNROLL for (int step = 1; step < W; step *= 2) {
+        FASTATTN_UNROLL for (int n = 0; n + step < W; n += 2 * step) r[n] = vadd(r[n], r[n + step]);
     }
     return r[0];
 }
 
-// scores [rows][kGroupKeys] of one tile: a dot product per row and key, W keys at a time. Keys past Lk repeat the last.
+// Dot products of one query row with W neighbouring keys, `step` bytes apart.
+template <class Math>
+FASTATTN_INLINE Vec direct_dots(const float* q, const char* keys, int64_t step, int64_t full, const Source& source,
+                                int64_t j, int64_t D) {
+    Vec sums[W];
+    FASTATTN_UNROLL for (int n = 0; n < W; ++n) sums[n] = vzero();
+    for (int64_t u = 0; u < full; u += W) {
+        const Vec x = vload(q + u);
+        // One pointer for every third key: base + {0, 1, 2} * step are addressing modes.
+        const char* base = keys + 4 * u;
+        FASTATTN_UNROLL for (int n = 0; n < W; n += 3) {
+            FASTATTN_UNROLL for (int m = n; m < n + 3 && m < W; ++m) {
+                sums[m] = Math::dot(x, vload(base + (m - n) * step), sums[m]);
+            }
+            base += 3 * step;
+        }
+    }
+    if (full < units<Math>(D)) {
+        const Vec x = vload(q + full);
+        for (int n = 0; n < W; ++n) sums[n] = Math::dot(x, load_units<Math>(source, j + n, full, D), sums[n]);
+    }
+    return sum_each(sums);
+}
+
+// scores [rows][kGroupKeys] of one tile. Past Lk they are 0: masked like any hidden key.
 template <class Math>
 inline void direct_scores(const Panel& x, const Source& keys, int64_t tile, int64_t D, int64_t Lk, float* scores) {
-    const int64_t direct = D / (W * Math::kPair) * W, count = units<Math>(D);
+    const int64_t full = D / (W * Math::kPair) * W, step = keys.row * element_size(keys.dtype);
     for (int c = 0; c < 64; c += W) {
         const int64_t j = tile * 64 + c;
+        if (j + W <= Lk) {
+            // What the next tile reads: the row-wise walk below outruns the hardware prefetcher.
+            for (int n = 0; n < W; ++n) {
+                const char* ahead = keys.at(j + n) + 64 * step;
+                for (int64_t at = 0; at < 4 * full; at += 64) __builtin_prefetch(ahead + at, 0, 2);
+            }
+            for (int r = 0; r < x.rows; ++r) {
+                vstore(scores + r * kGroupKeys + c,
+                       direct_dots<Math>(x.q + r * x.ldq, keys.at(j), step, full, keys, j, D));
+            }
+            continue;
+        }
         for (int r = 0; r < x.rows; ++r) {
             const float* q = x.q + r * x.ldq;
-            Vec sums[W];
             for (int n = 0; n < W; ++n) {
-                const int64_t at = least<int64_t>(j + n, Lk - 1);
-                const char* key = keys.at(at);
                 Vec sum = vzero();
-                for (int64_t u = 0; u < direct; u += W) sum = Math::dot(vload(q + u), vload(key + 4 * u), sum);
-                if (direct < count) sum = Math::dot(vload(q + direct), load_units<Math>(keys, at, direct, D), sum);
-                sums[n] = sum;
+                for (int64_t u = 0; j + n < Lk && u < units<Math>(D); u += W) {
+                    sum = Math::dot(vload(q + u), load_units<Math>(keys, j + n, u, D), sum);
+                }
+                scores[r * kGroupKeys + c + n] = vsum(sum);
             }
-            vstore(scores + r * kGroupKeys + c, sum_each(sums));
         }
     }
 }
@@ -40,10 +73,10 @@ inline void direct_scores(const Panel& x, const Source& keys, int64_t tile, int6
 template <class Math, int V, class Value>
 inline void direct_columns(const float* weights, uint64_t seen, float* out, Value&& value) {
     Vec acc[V];
-    for (int v = 0; v < V; ++v) acc[v] = vload(out + v * W);
+    FASTATTN_UNROLL for (int v = 0; v < V; ++v) acc[v] = vload(out + v * W);
     const auto add = [&](int n) {
         const Vec w = vset(weights[n / Math::kPair]);
-        for (int v = 0; v < V; ++v) acc[v] = Math::dot(w, value(n, v), acc[v]);
+        FASTATTN_UNROLL for (int v = 0; v < V; ++v) acc[v] = Math::dot(w, value(n, v), acc[v]);
     };
     if (seen == ~uint64_t{0}) {
         for (int n = 0; n < 64; n += Math::kPair) add(n);
@@ -52,7 +85,7 @@ inline void direct_columns(const float* weights, uint64_t seen, float* out, Valu
             if (seen >> n & (Math::kPair == 2 ? 3 : 1)) add(n);
         }
     }
-    for (int v = 0; v < V; ++v) vstore(out + v * W, acc[v]);
+    FASTATTN_UNROLL for (int v = 0; v < V; ++v) vstore(out + v * W, acc[v]);
 }
 
 // value(n, v) for whole vectors from column c on: keys of the tile one after another in memory at `step` bytes.

@@ -11,7 +11,8 @@ namespace {
 
 constexpr int64_t kBlockRows = 64;                 // query rows of a task
 constexpr int64_t kChunkKeys = 512;                // keys of a decoding task
-constexpr int64_t kDirectRows = 4;                 // rows up to which keys and values are read unpacked
+constexpr int64_t kDirectKeyRows = 8;              // rows up to which keys, or values, are not packed: it would cost more
+constexpr int64_t kDirectValueRows = 2;
 constexpr int64_t kWaveBytes = int64_t{48} << 20;  // packed keys and values held at once
 constexpr int64_t kLocalBytes = 640 << 10;         // packed head that fits beside the work in a second-level cache
 constexpr double kSerialWork = 1 << 17;            // multiply-adds under which waking a team costs more than it saves
@@ -222,8 +223,9 @@ class Split {
    public:
     Split(const SoftmaxParams& p)
         : p_(p), terms_(p), layout_(p), sight_(p, 0), rows_(p.Lq() * p.group()), chunks_(ceil_div(p.Lk(), kChunkKeys)),
-          direct_(rows_ <= kDirectRows && p.k.stride[3] == 1 && p.v.stride[3] == 1 &&
-                  element_size(p.k.dtype) * Math::kPair == 4) {}
+          direct_keys_(rows_ <= kDirectKeyRows && p.k.stride[3] == 1 && element_size(p.k.dtype) * Math::kPair == 4),
+          direct_values_(rows_ <= kDirectValueRows && p.v.stride[3] == 1),
+          unpacked_values_(Math::kPair == 1 && p.v.dtype == DType::kFloat32 && p.v.stride[3] == 1 && p.Dv() % W == 0) {}
 
     void run() {
         const int64_t heads = p_.B() * p_.Hk(), scratch = chunk_scratch();
@@ -247,6 +249,13 @@ class Split {
     int64_t chunk_scratch() const {
         return round_up(rows_ * (layout_.ldq + layout_.ldo) + kRows * kGroupKeys + kSlots * layout_.k_tile +
                             kGroupKeys / Math::kPair * layout_.ldo + 64, 16);
+    }
+
+    // Asks for the 64 value rows from `rows` on: column by column the product would wait for each of their lines.
+    void prefetch_rows(const float* rows, int64_t row) const {
+        for (int n = 0; n < 64; ++n) {
+            for (int64_t c = 0; c < layout_.ldo; c += 16) __builtin_prefetch(rows + n * row + c, 0, 2);
+        }
     }
 
     void place(Panel& x, int64_t b, int64_t hk, int64_t row) const {
@@ -297,35 +306,49 @@ class Split {
                 if ((seen[used] = look(panels, count, tile, used)) != 0) packed[used++] = tile;
             }
             if (!used) continue;
-            if (direct_) {
-                Panel& x = panels[0];
-                for (int slot = 0; slot < used; ++slot) {
-                    direct_scores<Math>(x, key_rows, packed[slot], p_.D(), p_.Lk(), scores + slot * 64);
-                }
-                softmax_step<Math>(terms_, x, scores);
-                rescale(x);
-                for (int slot = 0; slot < used; ++slot) {
-                    direct_values<Math>(x, scores + slot * 64 / Math::kPair, value_rows, seen[slot], packed[slot], p_.Dv());
-                }
-                continue;
-            }
-            for (int slot = 0; slot < used; ++slot) {
+            for (int slot = 0; slot < used && !direct_keys_; ++slot) {
                 key_rows.seen = seen + slot;
                 key_rows.seen_from = packed[slot];
                 pack_key_tile<Math>(p_, key_rows, packed[slot], keys + slot * layout_.k_tile);
             }
             constexpr int64_t steps = kGroupKeys / Math::kPair;
-            for (int slot = 0; slot < used; ++slot) {
+            // Rows of whole float vectors, none hidden, are operands as they lie in memory.
+            bool unpacked = unpacked_values_ && !direct_values_;
+            for (int slot = 0; slot < used; ++slot) unpacked &= seen[slot] == ~uint64_t{0};
+            for (int slot = 0; slot < used && !direct_values_ && !unpacked; ++slot) {
                 value_rows.seen = seen + slot;
                 value_rows.seen_from = packed[slot];
                 pack_value_tile<Math>(p_, value_rows, packed[slot], values, steps, slot * 64 / Math::kPair);
             }
             for (int n = 0; n < count; ++n) {
                 Panel& x = panels[n];
-                score_tiles<Math>(x, layout_.d_units, scores, [&](int slot) { return keys + slot * layout_.k_tile; });
+                for (int slot = 0; slot < used && direct_keys_; ++slot) {
+                    direct_scores<Math>(x, key_rows, packed[slot], p_.D(), p_.Lk(), scores + slot * 64);
+                }
+                if (!direct_keys_) {
+                    score_tiles<Math>(x, layout_.d_units, scores, [&](int slot) { return keys + slot * layout_.k_tile; });
+                }
                 softmax_step<Math>(terms_, x, scores);
-                add_values<Math>(x, scores, values, steps, layout_.dv_vecs,
-                                 [](int slot) { return int64_t{slot} * 64 / Math::kPair; });
+                if (unpacked) {
+                    rescale(x);
+                    for (int slot = 0; slot < used; ++slot) {
+                        const float* tile = reinterpret_cast<const float*>(value_rows.at(packed[slot] * 64));
+                        prefetch_rows(tile + 64 * value_rows.row, value_rows.row);
+                        gemm_unpacked<Math, Store::kAdd>(x.rows, static_cast<int>(layout_.dv_vecs),
+                                                         {scores + slot * 64, kGroupKeys, 1}, {0, 0, 64}, tile,
+                                                         value_rows.row, x.out, x.ldo);
+                    }
+                    continue;
+                }
+                if (!direct_values_) {
+                    add_values<Math>(x, scores, values, steps, layout_.dv_vecs,
+                                     [](int slot) { return int64_t{slot} * 64 / Math::kPair; });
+                    continue;
+                }
+                rescale(x);
+                for (int slot = 0; slot < used; ++slot) {
+                    direct_values<Math>(x, scores + slot * 64 / Math::kPair, value_rows, seen[slot], packed[slot], p_.Dv());
+                }
             }
         }
         for (int n = 0; n < count; ++n) {
@@ -415,7 +438,7 @@ class Split {
     const Layout<Math> layout_;
     const Sight sight_;
     const int64_t rows_, chunks_;
-    const bool direct_;  // few rows, and keys whose rows can be loaded as units
+    const bool direct_keys_, direct_values_, unpacked_values_;  // few rows, and memory that can be read as operands
 };
 
 template <class Math>

@@ -195,11 +195,11 @@ inline void softmax_step(const Terms& terms, Panel& x, float* scores) {
         if (r < x.rows && terms.p.bias) add_bias(terms, x, r, row);
         lanes_by_row[r] = r < x.rows ? mask_and_max(x, r, row) : minus_inf;
     }
-    for (int g = 0; g < kRows; g += W) {
+    FASTATTN_UNROLL for (int g = 0; g < kRows; g += W) {
         transpose(lanes_by_row + g);
         Vec top = vload(x.top + g);
         const Vec before = top;
-        for (int r = 0; r < W; ++r) top = vmax(lanes_by_row[g + r], top);
+        FASTATTN_UNROLL for (int r = 0; r < W; ++r) top = vmax(lanes_by_row[g + r], top);
         const Vec safe = vselect(vnot_equal(top, minus_inf), top, vzero());
         vstore(x.top + g, top);
         vstore(base + g, safe);
@@ -215,10 +215,10 @@ inline void softmax_step(const Terms& terms, Panel& x, float* scores) {
             lanes_by_row[r] = weigh<Math, false>(terms, x, r, base[r], row);
         }
     }
-    for (int g = 0; g < kRows; g += W) {
+    FASTATTN_UNROLL for (int g = 0; g < kRows; g += W) {
         transpose(lanes_by_row + g);
         Vec sum = lanes_by_row[g];
-        for (int r = 1; r < W; ++r) sum = vadd(sum, lanes_by_row[g + r]);
+        FASTATTN_UNROLL for (int r = 1; r < W; ++r) sum = vadd(sum, lanes_by_row[g + r]);
         vstore(x.total + g, vfma(vload(x.total + g), vload(x.decay + g), sum));
     }
 }

@@ -16,7 +16,7 @@ try:
 except ImportError as error:
     _C = None
     _missing = (
-        f"the native library is not built ({error}); install a C++17 compiler, then in the source tree: "
+        f"the native library does not load ({error}); install a C++17 compiler, then in the source tree: "
         "FASTATTN_BUILD=cpu pip install --force-reinstall --no-deps ."
     )
 

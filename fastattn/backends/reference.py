@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..params import SoftmaxCall, accumulate_dtype, empty_like_layout
+from ..params import SoftmaxCall, accumulate_dtype, to_layout
 from ..philox import keep_mask
 from ..reference.softmax import softmax
 
@@ -31,7 +31,7 @@ def softmax_attention(q, k, v, mask, bias, rng, params):
     out, lse = softmax(
         q_wide, k_wide, v_wide, mask, bias, keep, scale=params.scale, band=params.band(Lq, Lk), dropout_p=p
     )
-    return empty_like_layout(q, v.shape[3]).copy_(out), lse
+    return to_layout(out.to(q.dtype), q), lse
 
 
 def softmax_forward(q, k, v, mask, bias, rng, params):

@@ -65,7 +65,8 @@ def describe(call: SoftmaxCall) -> str:
     from ..kernels.softmax.config import pick_forward
 
     q = call.q
-    tile = pick_forward(q.shape[3], call.v.shape[3], q.dtype, arch_of(q), q.shape[2])
+    extra = call.mask is not None or call.bias is not None or call.params.dropout_p > 0
+    tile = pick_forward(q.shape[3], call.v.shape[3], q.dtype, arch_of(q), q.shape[2], extra)
     where = "interpreter" if _interpreted() else f"sm_{arch_of(q)} table"
     return f"{where}, {tile.BM}x{tile.BN} tiles, {tile.num_warps} warps, {tile.num_stages} stages"
 

@@ -37,7 +37,9 @@ def launch(kernel, n_programs: int, *args, **options) -> None:
     if INTERPRETED:
         guard = _interpreter_lock
     else:
-        guard = nullcontext() if args[0].device.index == torch.cuda.current_device() else torch.cuda.device(args[0].device)
+        guard = (
+            nullcontext() if args[0].device.index == torch.cuda.current_device() else torch.cuda.device(args[0].device)
+        )
     # s * scale - m must not become one fma: with |s| near 1e30 its rounding would exceed m.
     with guard:
         kernel[(n_programs,)](*args, enable_fp_fusion=False, **options)

@@ -274,19 +274,28 @@ def backward(dout, dlse, q, k, v, mask, bias, rng, out, lse, params, dq, dk, dv,
     if all(gradient is None for gradient in (dq, dk, dv, dbias)):
         return
 
-    tiles = config.pick_backward(D, Dv, q.dtype, arch_of(q))
+    extra = mask is not None or bias is not None or rng is not None
+    tiles = config.pick_backward(D, Dv, q.dtype, arch_of(q), extra)
     group = Hq // Hk
-    n_rows = config.ceil_div(Lq, config.STATS_ROWS)
-    stats = lse.new_empty(B * Hq, n_rows * config.STATS_ROWS, 2)
+    padded = config.ceil_div(Lq, config.STATS_PADDING) * config.STATS_PADDING
+    stats = lse.new_empty(B * Hq, padded, 2)
+    n_tiles = padded // config.STATS_ROWS
     strides = (out.stride(), dout.stride(), None if dlse is None else dlse.stride())
     launch(
-        row_stats_kernel, n_rows * B * Hq, out, dout, lse, dlse, stats, *strides, Hq, Lq, n_rows, DV=Dv,
+        row_stats_kernel, n_tiles * B * Hq, out, dout, lse, dlse, stats, *strides, Hq, Lq, n_tiles, DV=Dv,
         BM=config.STATS_ROWS, BDV=config.block_dim(Dv), WIDE=config.wide(out, dout),
         UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
     )  # fmt: skip
 
     inputs = (q, k, v, dout, stats, mask, bias, rng)
-    strides = (q.stride(), k.stride(), v.stride(), dout.stride(), config.score_strides(mask), config.score_strides(bias))
+    strides = (
+        q.stride(),
+        k.stride(),
+        v.stride(),
+        dout.stride(),
+        config.score_strides(mask),
+        config.score_strides(bias),
+    )
     band = config.useful_band(*params.band(Lq, Lk), Lq, Lk)
     scalars = (stats.stride(0), Hq, group, Lq, Lk, *band, params.scale, *config.dropout_scalars(params.dropout_p))
 

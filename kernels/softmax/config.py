@@ -25,19 +25,76 @@ class BackwardConfig(NamedTuple):
     queries: LaunchConfig  # dQ and dbias: one program owns BM queries
 
 
-# Row statistics are padded to this many rows: a multiple of every BM, so that kernels read them without a mask.
-STATS_ROWS = 128
+# Row statistics are padded to a multiple of this, and of every BM, so that kernels read them without a mask.
+STATS_PADDING = 128
+STATS_ROWS = 32
 
-INTERPRETER = LaunchConfig(32, 16, 1, 1)
-
-
-def pick_forward(D, Dv, dtype, arch, Lq=1 << 20) -> LaunchConfig:
-    return LaunchConfig(64, 64, 4, 2) if arch else INTERPRETER
+# Small enough that short tests have several tiles, unequal so that a swap of BM and BN shows.
+INTERPRETER = LaunchConfig(32, 16, 1, 1), BackwardConfig(LaunchConfig(16, 32, 1, 1), LaunchConfig(32, 16, 1, 1))
 
 
-def pick_backward(D, Dv, dtype, arch) -> BackwardConfig:
-    c = LaunchConfig(64, 64, 4, 2) if arch else INTERPRETER
-    return BackwardConfig(c, c)
+def _backward(keys, queries) -> BackwardConfig:
+    return BackwardConfig(LaunchConfig(*keys), LaunchConfig(*queries))
+
+
+# By architecture and padded head dimension, for 16-bit inputs. sm_90: wgmma needs 64 rows per 4 warps.
+FORWARD = {
+    80: {64: (128, 64, 8, 3), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)},
+    90: {64: (128, 128, 8, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)},
+}
+BACKWARD = {
+    80: {
+        64: _backward((32, 128, 8, 3), (128, 64, 8, 3)),
+        128: _backward((32, 64, 4, 2), (64, 32, 4, 2)),
+        256: _backward((32, 32, 4, 2), (32, 32, 8, 2)),
+    },
+    90: {
+        64: _backward((32, 128, 8, 3), (128, 128, 8, 2)),
+        128: _backward((32, 128, 8, 2), (128, 64, 8, 2)),
+        256: _backward((32, 32, 8, 2), (128, 32, 8, 2)),
+    },
+}
+# Masks, biases and dropout take registers: smaller tiles on every architecture.
+FORWARD_EXTRA = {64: (64, 32, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)}
+BACKWARD_EXTRA = {
+    64: _backward((32, 64, 8, 1), (64, 32, 4, 2)),
+    128: _backward((32, 32, 4, 1), (64, 32, 8, 1)),
+    256: _backward((32, 32, 8, 2), (32, 32, 8, 1)),
+}
+# fp32 products run unrolled on the scalar units: small tiles on every architecture.
+FORWARD_FP32 = {64: (32, 32, 4, 2), 128: (16, 32, 4, 1), 256: (16, 32, 8, 1)}
+BACKWARD_FP32 = {
+    64: _backward((32, 16, 4, 1), (32, 32, 4, 2)),
+    128: _backward((16, 16, 8, 1), (16, 16, 8, 1)),
+    256: _backward((16, 16, 8, 1), (16, 16, 8, 1)),
+}
+# Few queries, as in generation: a tall tile would be mostly padding.
+FORWARD_SHORT = {64: (16, 64, 4, 2), 128: (16, 64, 4, 2), 256: (16, 32, 4, 2)}
+
+
+def _column(D: int, Dv: int) -> int:
+    return max(64, block_dim(D), block_dim(Dv))
+
+
+def pick_forward(D: int, Dv: int, dtype: torch.dtype, arch: int, Lq: int, extra: bool) -> LaunchConfig:
+    """arch: 80, 86 (99 KB of shared memory), 90 or 100; 0 is the interpreter. extra: a mask, bias or dropout."""
+    if arch == 0:
+        return INTERPRETER[0]
+    if dtype == torch.float32:
+        table = FORWARD_FP32
+    elif Lq <= 16:
+        table = FORWARD_SHORT
+    else:
+        table = FORWARD_EXTRA if extra else FORWARD[80 if arch < 90 else 90]
+    return LaunchConfig(*table[_column(D, Dv)])
+
+
+def pick_backward(D: int, Dv: int, dtype: torch.dtype, arch: int, extra: bool) -> BackwardConfig:
+    if arch == 0:
+        return INTERPRETER[1]
+    if dtype == torch.float32:
+        return BACKWARD_FP32[_column(D, Dv)]
+    return (BACKWARD_EXTRA if extra else BACKWARD[80 if arch < 90 else 90])[_column(D, Dv)]
 
 
 def block_dim(D: int) -> int:

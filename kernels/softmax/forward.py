@@ -200,8 +200,8 @@ def forward(q, k, v, mask, bias, rng, out, lse, params) -> None:
     Hk, Lk, Dv = k.shape[1], k.shape[2], v.shape[3]
     if B * Hq * Lq == 0:
         return
-    arch = arch_of(q)
-    tile = config.pick_forward(D, Dv, q.dtype, arch, Lq)
+    extra = mask is not None or bias is not None or rng is not None
+    tile = config.pick_forward(D, Dv, q.dtype, arch_of(q), Lq, extra)
     lo, hi = config.useful_band(*params.band(Lq, Lk), Lq, Lk)
     n_tiles = config.ceil_div(Lq, tile.BM)
     launch(

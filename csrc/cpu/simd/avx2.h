@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "fastattn/params.h"
+
 namespace fastattn {
 namespace FASTATTN_ISA {
 
@@ -74,19 +76,19 @@ inline void store_fp16(uint16_t* p, Vec a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
 }
 
-inline void transpose(Vec r[8]) {
+FASTATTN_INLINE void transpose(Vec r[8]) {
     __m256 a[8], b[8];
-    for (int i = 0; i < 8; i += 2) {
+    FASTATTN_UNROLL for (int i = 0; i < 8; i += 2) {
         a[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
         a[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
     }
-    for (int i = 0; i < 8; i += 4) {
+    FASTATTN_UNROLL for (int i = 0; i < 8; i += 4) {
         b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
         b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
         b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
         b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
     }
-    for (int i = 0; i < 4; ++i) {
+    FASTATTN_UNROLL for (int i = 0; i < 4; ++i) {
         r[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
         r[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
     }

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "fastattn/params.h"
+
 namespace fastattn {
 namespace FASTATTN_ISA {
 
@@ -53,26 +55,26 @@ inline void store_fp16(uint16_t* p, Vec a) {
 }
 
 // W x W transpose of 32-bit units: rows r[0..15] become columns.
-inline void transpose(Vec r[16]) {
+FASTATTN_INLINE void transpose(Vec r[16]) {
     __m512i a[16], b[16];
-    for (int i = 0; i < 16; ++i) a[i] = _mm512_castps_si512(r[i]);
-    for (int i = 0; i < 16; i += 2) {
+    FASTATTN_UNROLL for (int i = 0; i < 16; ++i) a[i] = _mm512_castps_si512(r[i]);
+    FASTATTN_UNROLL for (int i = 0; i < 16; i += 2) {
         b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
         b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
     }
-    for (int i = 0; i < 16; i += 4) {
+    FASTATTN_UNROLL for (int i = 0; i < 16; i += 4) {
         a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
         a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
         a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
         a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
     }
-    for (int i = 0; i < 4; ++i) {
+    FASTATTN_UNROLL for (int i = 0; i < 4; ++i) {
         b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
         b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
         b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
         b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
     }
-    for (int i = 0; i < 4; ++i) {
+    FASTATTN_UNROLL for (int i = 0; i < 4; ++i) {
         r[i] = _mm512_castsi512_ps(_mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
         r[i + 8] = _mm512_castsi512_ps(_mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
         r[i + 4] = _mm512_castsi512_ps(_mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88));

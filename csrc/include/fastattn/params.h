@@ -4,6 +4,8 @@
 
 // Shared inline functions are compiled once per ISA; inlined always, no copy for one ISA can serve another.
 #define FASTATTN_INLINE inline __attribute__((always_inline))
+// Unrolled early, arrays of vectors are registers from the start; else GCC gives them a home on the stack as well.
+#define FASTATTN_UNROLL _Pragma("GCC unroll 16")
 
 namespace fastattn {
 
@@ -54,7 +56,7 @@ struct SoftmaxParams {
     FASTATTN_INLINE int64_t Hk() const { return k.size[1]; }
     FASTATTN_INLINE int64_t Lk() const { return k.size[2]; }
     FASTATTN_INLINE int64_t Dv() const { return v.size[3]; }
-    FASTATTN_INLINE int64_t group() const { return Hq() / Hk(); }
+    FASTATTN_INLINE int64_t group() const { return Hk() ? Hq() / Hk() : 1; }
 };
 
 struct SoftmaxGradients {

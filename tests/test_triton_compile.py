@@ -1,0 +1,78 @@
+"""Offline compilation of the Triton kernels as launched: spills, shared memory, instructions. No GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+SHARED_LIMIT = {80: 166912, 86: 101376, 90: 232448, 100: 232448}
+PROCESSES = 2
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    """Every shipped configuration, compiled in fresh processes: here the kernels may be bound to the interpreter."""
+    script = Path(__file__).with_name("triton_offline.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(script), "--slice", str(n), str(PROCESSES)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for n in range(PROCESSES)
+    ]  # fmt: skip
+    found = []
+    for process in running:
+        out, error = process.communicate()
+        assert process.returncode == 0, error[-4000:]
+        found += [json.loads(line) for line in out.splitlines()]
+    return found
+
+
+def select(rows: list[dict], **wanted) -> list[dict]:
+    names = ("arch", "D", "dtype", "causal", "group", "mask", "bias", "dropout_p", "Lq")
+    return [row for row in rows if all(row["case"][names.index(name)] == value for name, value in wanted.items())]
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles(rows):
+    assert {row["kernel"] for row in rows} == {"forward", "row_stats", "keys", "queries", "bias"}
+    assert {row["case"][0] for row in rows} == set(SHARED_LIMIT)
+
+
+def test_default_configurations_do_not_spill(rows):
+    spilling = [row for row in select(rows, group=1, mask=False, bias="", dropout_p=0.0) if row["spills"]]
+    # Triton's fp32 products hold whole rows of both operands in registers; at D = 256 nothing fits.
+    spilling = [row for row in spilling if row["case"][1:3] != [256, "float32"]]
+    assert not spilling, spilling
+
+
+def test_optional_features_spill_little(rows):
+    """Masks, biases, dropout and GQA: no more than a few cold values."""
+    spilling = [row for row in rows if row["spills"] > 128 and row["case"][1:3] != [256, "float32"]]
+    assert not spilling, spilling
+
+
+def test_shared_memory_fits(rows):
+    assert not [row for row in rows if row["shared"] > SHARED_LIMIT[row["case"][0]]]
+
+
+def test_hopper_and_blackwell_use_their_tensor_cores(rows):
+    for row in rows:
+        arch, D, dtype = row["case"][:3]
+        if dtype == "float32" or row["kernel"] not in ("forward", "keys", "queries") or row["tile"][0] == 16:
+            continue
+        # dK and dV of 64 keys by 256 do not fit the registers: that kernel works on 32 keys with mma.sync.
+        if arch == 90 and not (row["kernel"] == "keys" and D == 256) and row["tile"][1] * row["tile"][0] >= 64 * 32:
+            assert row["wgmma"], row
+
+
+def test_fp32_is_not_tf32(rows):
+    assert not [row for row in select(rows, dtype="float32") if row["tf32"]]
