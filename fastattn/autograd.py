@@ -46,6 +46,17 @@ def vmap_by_loop(op: Callable, info, in_dims, args: tuple) -> tuple[tuple, tuple
     return outputs, (0,) * len(outputs)
 
 
+def unobserved(*tensors: Tensor) -> bool:
+    """Whether no tracing, transform, dispatch mode, profiler or subclass wants to see the op: it may then be skipped."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.autograd._profiler_enabled()
+        and all(type(t) in (Tensor, torch.nn.Parameter) and not t.is_neg() for t in tensors)
+    )
+
+
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Casts floating tensors to the autocast dtype of their device where autocast is on, as torch's own sdpa does."""
     device = tensors[0].device.type

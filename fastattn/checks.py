@@ -24,7 +24,9 @@ def qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
         if t.layout != torch.strided or t.is_nested:
-            raise TypeError(f"{name} must be a dense strided tensor, got layout {t.layout}; convert it with .to_dense()")
+            raise TypeError(
+                f"{name} must be a dense strided tensor, got layout {t.layout}; convert it with .to_dense()"
+            )
         if t.dim() != 4:
             raise ValueError(
                 f"{name} must have 4 dimensions [batch, heads, length, head_dim], got {name} {list(t.shape)}; "

@@ -81,7 +81,9 @@ class Explanation:
     def __str__(self) -> str:
         lines = [f"{self.op} attention: {self.call}"]
         for row in self.rows:
-            mark, note = ("->", row.kernel) if row.chosen else ("  ", "; ".join(row.reasons) or f"could run: {row.kernel}")
+            mark, note = (
+                ("->", row.kernel) if row.chosen else ("  ", "; ".join(row.reasons) or f"could run: {row.kernel}")
+            )
             lines.append(f"{mark} {row.backend:<10} {note}")
         return "\n".join(lines)
 

@@ -54,11 +54,9 @@ def _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
         return _torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     lead, q, k, v = _four_dimensions(query, key, value, enable_gqa)
-    mask, bias = _split_mask(attn_mask, query, key, lead)
+    mask, bias = _split_mask(attn_mask, q, k, lead)
     causal = "top_left" if is_causal else False
-    out = attention(
-        q, k, v, mask=mask, bias=bias, causal=causal, dropout_p=dropout_p, scale=scale, backend=backend
-    )
+    out = attention(q, k, v, mask=mask, bias=bias, causal=causal, dropout_p=dropout_p, scale=scale, backend=backend)
     return out if query.dim() == 4 and len(lead) == 1 else out.reshape(*lead, *_head(query, key, value), *out.shape[2:])
 
 
@@ -76,7 +74,9 @@ def _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) -> No
                 f"query, key and value must share one dtype: {query.dtype}, {key.dtype}, {value.dtype} ({_sizes(query, key, value)})"
             )
     if not query.is_floating_point():
-        raise RuntimeError(f"query, key and value must be floating point, got {query.dtype} ({_sizes(query, key, value)})")
+        raise RuntimeError(
+            f"query, key and value must be floating point, got {query.dtype} ({_sizes(query, key, value)})"
+        )
     if query.device != key.device or query.device != value.device:
         raise RuntimeError(f"query, key and value must be on one device: {query.device}, {key.device}, {value.device}")
     if query.shape[-1] != key.shape[-1]:
@@ -94,7 +94,9 @@ def _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) -> No
             raise RuntimeError(f"enable_gqa needs a head dimension: {_sizes(query, key, value)}")
         Hq, Hk, Hv = query.shape[-3], key.shape[-3], value.shape[-3]
         if Hk != Hv or (Hk == 0) != (Hq == 0) or (Hk and Hq % Hk):
-            raise RuntimeError(f"enable_gqa needs the heads of query to be a multiple of those of key and value: {_sizes(query, key, value)}")
+            raise RuntimeError(
+                f"enable_gqa needs the heads of query to be a multiple of those of key and value: {_sizes(query, key, value)}"
+            )
 
 
 def _head(query, key, value) -> tuple[int, ...]:
@@ -110,7 +112,9 @@ def _four_dimensions(query, key, value, enable_gqa):
     try:
         lead = torch.broadcast_shapes(*(t.shape[:-3] for t in tensors))
     except RuntimeError as error:
-        raise RuntimeError(f"batch dimensions of query, key and value do not broadcast: {_sizes(query, key, value)}") from error
+        raise RuntimeError(
+            f"batch dimensions of query, key and value do not broadcast: {_sizes(query, key, value)}"
+        ) from error
     Hq, Hk, Hv = (t.shape[-3] for t in tensors)
     if Hk != Hv:
         if 1 not in (Hk, Hv):
@@ -119,7 +123,9 @@ def _four_dimensions(query, key, value, enable_gqa):
     if Hq == 1 and Hk > 1:
         Hq = Hk
     if Hk not in (1, Hq) and not enable_gqa:
-        raise RuntimeError(f"query has {Hq} heads, key and value {Hk}; set enable_gqa=True to group them: {_sizes(query, key, value)}")
+        raise RuntimeError(
+            f"query has {Hq} heads, key and value {Hk}; set enable_gqa=True to group them: {_sizes(query, key, value)}"
+        )
     heads = (Hq, Hk, Hk)
     full = []
     for t, H in zip(tensors, heads):
@@ -129,16 +135,16 @@ def _four_dimensions(query, key, value, enable_gqa):
     return lead, *full
 
 
-def _split_mask(attn_mask, query, key, lead):
+def _split_mask(attn_mask, q, k, lead):
     """(mask, bias): the bool or float attn_mask in four dimensions, broadcast only where folding the batch needs it."""
     if attn_mask is None:
         return None, None
-    if attn_mask.dtype != torch.bool and attn_mask.dtype not in (query.dtype, torch.float32):
-        if not (torch.is_autocast_enabled(query.device.type) and attn_mask.is_floating_point()):
+    if attn_mask.dtype != torch.bool and attn_mask.dtype not in (q.dtype, torch.float32):
+        if not (torch.is_autocast_enabled(q.device.type) and attn_mask.is_floating_point()):
             raise RuntimeError(
-                f"attn_mask must be bool, {query.dtype} or float32, got {attn_mask.dtype} {list(attn_mask.shape)}"
+                f"attn_mask must be bool, {q.dtype} or float32, got {attn_mask.dtype} {list(attn_mask.shape)}"
             )
-    scores = (*lead, *_head(query, key, value), query.shape[-2], key.shape[-2])
+    scores = (*lead, q.shape[1], q.shape[2], k.shape[2])
     fits = attn_mask.dim() <= len(scores) and all(m in (1, s) for m, s in zip(attn_mask.shape[::-1], scores[::-1]))
     if not fits:
         raise RuntimeError(f"attn_mask {list(attn_mask.shape)} does not broadcast to {list(scores)}")

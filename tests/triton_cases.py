@@ -44,10 +44,15 @@ OPTIONS = [
 ]
 
 
-@all_dtypes
+@pytest.mark.parametrize("dtype", (FP32, BF16), ids=str)
 @pytest.mark.parametrize("case", OPTIONS, ids=str)
 def test_options(case, dtype):
     check(case, dtype)
+
+
+@pytest.mark.parametrize("case", OPTIONS[::4], ids=str)
+def test_options_in_fp16(case):
+    check(case, FP16)
 
 
 @pytest.mark.parametrize("D, Dv", [(1, 1), (16, 200), (65, 128), (256, 255)])
@@ -123,9 +128,9 @@ def test_dropout_bits(p):
     assert torch.equal(out != 0, dropout_mask(rng, p, B, H, Lq, Lk))
 
 
-@all_dtypes
+@pytest.mark.parametrize("dtype", (FP32, BF16), ids=str)
 def test_rows_that_see_nothing(dtype):
-    case = vary(BOTH, mask="bhqk", bias="11qk", causal="bottom_right", Lq=40)
+    case = vary(SMALL, mask="bhqk", bias="11qk", causal="bottom_right", Lq=40, Lk=37)
     inputs = make(case, dtype, device=DEVICE)
     inputs.mask[0, :, 20:] = False
     inputs.bias[:, :, 30] = -torch.inf
@@ -192,27 +197,30 @@ def test_empty_dimensions(empty):
     check(vary(BOTH, **empty), FP32)
 
 
-def test_gradients_not_asked_for_are_not_made():
-    case = vary(BOTH, Hk=1, bias="1hqk", causal=True)
+@pytest.mark.parametrize("bias_shape", ("bhqk", "1hqk", "111k", "b1q1"))
+def test_gradients_not_asked_for_are_not_made(bias_shape):
+    """One at a time, bit for bit what the full backward gives; no dlse is a dlse of zero."""
+    case = vary(SMALL, Hk=1, Lq=17, Lk=18, bias=bias_shape)
     inputs = make(case, FP32, device=DEVICE)
     params = harness.SoftmaxParams(0.25, "bottom_right")
     q, k, v, _, bias, dout, dlse = inputs
     out, lse = backend.softmax_forward(q, k, v, None, bias, None, params)
-    both = partial(backend.softmax_backward, dout, dlse, q, k, v, None, bias, None, out, lse, params)
-    full = both((True,) * 4)
-    for n in range(16):
-        needs = tuple(bool(n >> bit & 1) for bit in range(4))
-        for gradient, expected, need in zip(both(needs), full, needs):
-            assert gradient is None if not need else torch.equal(gradient, expected), needs
-    without_dlse = backend.softmax_backward(dout, None, q, k, v, None, bias, None, out, lse, params, (True,) * 4)
-    with_zero = backend.softmax_backward(
-        dout, torch.zeros_like(dlse), q, k, v, None, bias, None, out, lse, params, (True,) * 4
-    )
-    assert all(torch.equal(a, b) for a, b in zip(without_dlse, with_zero))
+
+    def gradients(needs, dlse=dlse):
+        return backend.softmax_backward(dout, dlse, q, k, v, None, bias, None, out, lse, params, needs)
+
+    full = gradients((True,) * 4)
+    for n in range(4):
+        alone = gradients(tuple(n == m for m in range(4)))
+        assert [x is not None for x in alone] == [n == m for m in range(4)]
+        assert torch.equal(alone[n], full[n])
+    if bias_shape == "bhqk":
+        zero = gradients((True,) * 4, torch.zeros_like(dlse))
+        assert all(torch.equal(a, b) for a, b in zip(gradients((True,) * 4, None), zero))
 
 
 def test_results_are_the_same_bits_every_time():
-    case = vary(BOTH, Hk=1, bias="11qk", causal=True, dropout_p=0.2, Lq=70)
+    case = vary(SMALL, Hk=1, bias="11qk", causal=True, dropout_p=0.2)
     inputs = make(case, FP16, device=DEVICE)
     results = []
     for _ in range(2 if DEVICE == "cpu" else 250):
@@ -228,7 +236,7 @@ def test_programs_do_not_depend_on_their_order(bias, monkeypatch):
     """Two programs that write one address give other results when the grid runs backwards."""
     from triton.runtime.interpreter import interpreter_builder
 
-    case = vary(BOTH, Hk=1, bias=bias, causal=True, Lq=70)
+    case = vary(SMALL, Hk=1, bias=bias, causal=True, Lq=40)
     inputs = make(case, FP32)
     expected = run(inputs, **case.options())
     forwards = interpreter_builder.set_grid_idx
@@ -241,7 +249,7 @@ def test_programs_do_not_depend_on_their_order(bias, monkeypatch):
 @interpreted
 def test_threads_take_turns_in_the_interpreter():
     """Triton's interpreter patches its language globally."""
-    case = vary(SMALL, causal=True)
+    case = vary(SMALL, Lq=20, Lk=20, causal=True)
     inputs = make(case, FP32)
     expected = run(inputs, causal=True)
     results: list = []

@@ -89,7 +89,8 @@ SoftmaxParams params(py::handle q, py::handle k, py::handle v, py::handle mask, 
     if ((Hk == 0) != (Hq == 0) || (Hk && Hq % Hk)) {
         refuse("the heads of q must be a multiple of those of k: q " + text(p.q) + ", k " + text(p.k));
     }
-    if (p.D() > kLargestHead || p.Dv() > kLargestHead) refuse("head dimension over 512: q " + text(p.q) + ", v " + text(p.v));
+    if (p.D() > kLargestHead || p.Dv() > kLargestHead)
+        refuse("head dimension over 512: q " + text(p.q) + ", v " + text(p.v));
     if (p.q.dtype == DType::kBool || p.k.dtype != p.q.dtype || p.v.dtype != p.q.dtype || p.out.dtype != p.q.dtype) {
         refuse("q, k, v and out must share one floating dtype");
     }
@@ -99,7 +100,8 @@ SoftmaxParams params(py::handle q, py::handle k, py::handle v, py::handle mask, 
     }
     if (p.bias) {
         expect(p.bias, "bias", {B, Hq, Lq, Lk}, true);
-        if (p.bias.dtype != p.q.dtype && p.bias.dtype != DType::kFloat32) refuse("bias must be float32 or the dtype of q");
+        if (p.bias.dtype != p.q.dtype && p.bias.dtype != DType::kFloat32)
+            refuse("bias must be float32 or the dtype of q");
     }
     const TensorView lse_view = view_of(lse, "lse", 3);
     p.lse = lse_data(lse_view, "lse", p);
@@ -129,9 +131,10 @@ void forward(py::handle q, py::handle k, py::handle v, py::handle mask, py::hand
     softmax_forward(p);
 }
 
-void backward(py::handle dout, py::handle dlse, py::handle q, py::handle k, py::handle v, py::handle mask, py::handle bias,
-              py::handle rng, py::handle out, py::handle lse, py::handle dq, py::handle dk, py::handle dv, py::handle dbias,
-              double scale, py::handle lo, py::handle hi, double dropout_p, int threads) {
+void backward(py::handle dout, py::handle dlse, py::handle q, py::handle k, py::handle v, py::handle mask,
+              py::handle bias, py::handle rng, py::handle out, py::handle lse, py::handle dq, py::handle dk,
+              py::handle dv, py::handle dbias, double scale, py::handle lo, py::handle hi, double dropout_p,
+              int threads) {
     const SoftmaxParams p = params(q, k, v, mask, bias, rng, out, lse, scale, lo, hi, dropout_p, threads);
     SoftmaxGradients g{};
     g.dout = view_of(dout, "dout", 4);
@@ -173,11 +176,13 @@ void backward(py::handle dout, py::handle dlse, py::handle q, py::handle k, py::
 void register_softmax(py::module_& m) {
     m.def("softmax_forward", &forward,
           "softmax_forward(q, k, v, mask, bias, rng, out, lse, scale, lo, hi, dropout_p, threads): fills out and lse");
-    m.def("softmax_backward", &backward,
-          "softmax_backward(dout, dlse, q, k, v, mask, bias, rng, out, lse, dq, dk, dv, dbias, scale, lo, hi, dropout_p, "
-          "threads): fills the gradients that are not None");
-    m.def("is_decode", [](int64_t Lq, int64_t group, int64_t Lk) { return is_decode(Lq, group, Lk); },
-          "whether the keys are split instead of the queries");
+    m.def(
+        "softmax_backward", &backward,
+        "softmax_backward(dout, dlse, q, k, v, mask, bias, rng, out, lse, dq, dk, dv, dbias, scale, lo, hi, dropout_p, "
+        "threads): fills the gradients that are not None");
+    m.def(
+        "is_decode", [](int64_t Lq, int64_t group, int64_t Lk) { return is_decode(Lq, group, Lk); },
+        "whether the keys are split instead of the queries");
 }
 
 }  // namespace fastattn

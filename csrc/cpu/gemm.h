@@ -41,9 +41,7 @@ inline void register_tile(const Rows& x, const Segment* segments, int count, con
                           int64_t ldc, const float* decay) {
     Vec acc[R][N];
     FASTATTN_UNROLL for (int r = 0; r < R; ++r) {
-        FASTATTN_UNROLL for (int n = 0; n < N; ++n) {
-            acc[r][n] = vzero();
-        }
+        FASTATTN_UNROLL for (int n = 0; n < N; ++n) { acc[r][n] = vzero(); }
     }
     const int64_t row = x.row, step = x.step;
     for (int i = 0; i < count; ++i) {
@@ -82,22 +80,21 @@ inline void tile_rows(int rows, Rows x, const Segment* segments, int count, cons
         c += kHeight * ldc;
         if (store == Store::kRescale) decay += kHeight;
     }
-#define FASTATTN_TILE(R)                                                                                   \
-    case R:                                                                                                \
+#define FASTATTN_TILE(R)                                                                                           \
+    case R:                                                                                                        \
         if constexpr (R < kHeight) register_tile<Math, R, N, store>(x, segments, count, b, b_step, c, ldc, decay); \
         break;
     switch (rows) {
-        FASTATTN_TILE(1) FASTATTN_TILE(2) FASTATTN_TILE(3) FASTATTN_TILE(4)
-        FASTATTN_TILE(5) FASTATTN_TILE(6) FASTATTN_TILE(7) FASTATTN_TILE(8)
-        FASTATTN_TILE(9) FASTATTN_TILE(10) FASTATTN_TILE(11)
-        default:
-            break;
+        FASTATTN_TILE(1)
+        FASTATTN_TILE(2) FASTATTN_TILE(3) FASTATTN_TILE(4) FASTATTN_TILE(5) FASTATTN_TILE(6) FASTATTN_TILE(7)
+            FASTATTN_TILE(8) FASTATTN_TILE(9) FASTATTN_TILE(10) FASTATTN_TILE(11) default : break;
     }
 #undef FASTATTN_TILE
 }
 
 // kHeight is the rows of a register tile.
-// C [rows, vecs * W] with B packed as panels of kPanel columns [panel][b_steps][kPanel]; an odd last Vec is a panel of W.
+// C [rows, vecs * W] with B packed as panels of kPanel columns [panel][b_steps][kPanel]; an odd last Vec is a panel of
+// W.
 template <class Math, Store store, int kHeight = kTileRows>
 inline void gemm(int rows, int vecs, const Rows& x, const Segment* segments, int count, const float* b, int64_t b_steps,
                  float* c, int64_t ldc, const float* decay = nullptr) {

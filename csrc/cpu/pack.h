@@ -5,8 +5,8 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-// A matrix in user memory, element (r, c) at data + (r * row + c * col) * size. Rows outside [first, last) and rows whose
-// bit in `seen` is 0 are read as zeros: nobody sees those keys, and they may hold NaN.
+// A matrix in user memory, element (r, c) at data + (r * row + c * col) * size. Rows outside [first, last) and rows
+// whose bit in `seen` is 0 are read as zeros: nobody sees those keys, and they may hold NaN.
 struct Source {
     const char* data;
     DType dtype;
@@ -35,9 +35,11 @@ template <class Body>
 inline void with_loader(DType dtype, Body&& body) {
     switch (dtype) {
         case DType::kBFloat16:
-            return body([](const char* row, int64_t c) { return load_bf16(reinterpret_cast<const uint16_t*>(row) + c); });
+            return body(
+                [](const char* row, int64_t c) { return load_bf16(reinterpret_cast<const uint16_t*>(row) + c); });
         case DType::kFloat16:
-            return body([](const char* row, int64_t c) { return load_fp16(reinterpret_cast<const uint16_t*>(row) + c); });
+            return body(
+                [](const char* row, int64_t c) { return load_fp16(reinterpret_cast<const uint16_t*>(row) + c); });
         default:
             return body([](const char* row, int64_t c) { return vload(reinterpret_cast<const float*>(row) + c); });
     }
@@ -51,7 +53,9 @@ inline int64_t units(int64_t elements) {
 // W units of row r from unit u on, of a row of `cols` elements; zero past its end.
 template <class Math>
 inline Vec load_units(const Source& x, int64_t r, int64_t u, int64_t cols) {
-    const auto lanes_left = [cols](int64_t c) { return static_cast<int>(most<int64_t>(0, least<int64_t>(W, cols - c))); };
+    const auto lanes_left = [cols](int64_t c) {
+        return static_cast<int>(most<int64_t>(0, least<int64_t>(W, cols - c)));
+    };
     if constexpr (Math::kPair == 1) {
         return x.load(r, u, lanes_left(u));
     } else {
@@ -100,7 +104,8 @@ FASTATTN_INLINE void transpose_block(int64_t rows, float* out, Load&& load) {
     }
 }
 
-// B operand of a product summed over columns: rows [r0, r0 + n) become the columns of one panel [units][kPanel], n <= kPanel.
+// B operand of a product summed over columns: rows [r0, r0 + n) become the columns of one panel [units][kPanel], n <=
+// kPanel.
 template <class Math>
 inline void pack_transposed(const Source& x, int64_t r0, int64_t n, int64_t cols, float* out) {
     const int64_t count = units<Math>(cols);

@@ -45,9 +45,9 @@ inline uint64_t keep_word(const Dropout& d, int64_t head, int64_t i, int64_t til
     }
     uint64_t word = 0;
     for (int g = 0; g < 16; ++g) {
-        const uint64_t kept = static_cast<uint64_t>(c0[g] >= d.threshold) | static_cast<uint64_t>(c1[g] >= d.threshold) << 1 |
-                              static_cast<uint64_t>(c2[g] >= d.threshold) << 2 |
-                              static_cast<uint64_t>(c3[g] >= d.threshold) << 3;
+        const uint64_t kept =
+            static_cast<uint64_t>(c0[g] >= d.threshold) | static_cast<uint64_t>(c1[g] >= d.threshold) << 1 |
+            static_cast<uint64_t>(c2[g] >= d.threshold) << 2 | static_cast<uint64_t>(c3[g] >= d.threshold) << 3;
         word |= kept << (4 * g);
     }
     return word;

@@ -1,4 +1,5 @@
-// Products for a handful of query rows, read straight from the user's keys and values: packing would cost more than it saves.
+// Products for a handful of query rows, read straight from the user's keys and values: packing would cost more than it
+// saves.
 #pragma once
 #include "softmax_panel.h"
 
@@ -69,7 +70,8 @@ inline void direct_scores(const Panel& x, const Source& keys, int64_t tile, int6
     }
 }
 
-// out [V * W] += weights * values over the keys of `seen`; value(n, v) is Vec v of key n, with its pair where units are pairs.
+// out [V * W] += weights * values over the keys of `seen`; value(n, v) is Vec v of key n, with its pair where units are
+// pairs.
 template <class Math, int V, class Value>
 inline void direct_columns(const float* weights, uint64_t seen, float* out, Value&& value) {
     Vec acc[V];

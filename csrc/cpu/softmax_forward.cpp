@@ -1,17 +1,17 @@
-// Softmax attention, forward. Long queries: K and V are packed once per key-value head, then blocks of query rows run over
-// them in parallel. Few queries (decoding): keys are split into chunks that run in parallel and are merged in order.
-#include "fastattn/softmax.h"
-
+// Softmax attention, forward. Long queries: K and V are packed once per key-value head, then blocks of query rows run
+// over them in parallel. Few queries (decoding): keys are split into chunks that run in parallel and are merged in
+// order.
 #include "fastattn/parallel.h"
+#include "fastattn/softmax.h"
 #include "softmax_direct.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
 namespace {
 
-constexpr int64_t kBlockRows = 64;                 // query rows of a task
-constexpr int64_t kChunkKeys = 512;                // keys of a decoding task
-constexpr int64_t kDirectKeyRows = 8;              // rows up to which keys, or values, are not packed: it would cost more
+constexpr int64_t kBlockRows = 64;     // query rows of a task
+constexpr int64_t kChunkKeys = 512;    // keys of a decoding task
+constexpr int64_t kDirectKeyRows = 8;  // rows up to which keys, or values, are not packed: it would cost more
 constexpr int64_t kDirectValueRows = 2;
 constexpr int64_t kWaveBytes = int64_t{48} << 20;  // packed keys and values held at once
 constexpr int64_t kLocalBytes = 640 << 10;         // packed head that fits beside the work in a second-level cache
@@ -63,7 +63,12 @@ void pack_value_tile(const SoftmaxParams& p, Source values, int64_t tile, float*
 template <class Math>
 class Tiled {
    public:
-    Tiled(const SoftmaxParams& p) : p_(p), terms_(p), layout_(p), sight_(p, Sight::kSeen | Sight::kRows), q_blocks_(ceil_div(p.Lq(), kBlockRows)) {}
+    Tiled(const SoftmaxParams& p)
+        : p_(p),
+          terms_(p),
+          layout_(p),
+          sight_(p, Sight::kSeen | Sight::kRows),
+          q_blocks_(ceil_div(p.Lq(), kBlockRows)) {}
 
     void run() {
         const int64_t heads = p_.B() * p_.Hk(), size = layout_.head_size();
@@ -222,7 +227,12 @@ template <class Math>
 class Split {
    public:
     Split(const SoftmaxParams& p)
-        : p_(p), terms_(p), layout_(p), sight_(p, 0), rows_(p.Lq() * p.group()), chunks_(ceil_div(p.Lk(), kChunkKeys)),
+        : p_(p),
+          terms_(p),
+          layout_(p),
+          sight_(p, 0),
+          rows_(p.Lq() * p.group()),
+          chunks_(ceil_div(p.Lk(), kChunkKeys)),
           direct_keys_(rows_ <= kDirectKeyRows && p.k.stride[3] == 1 && element_size(p.k.dtype) * Math::kPair == 4),
           direct_values_(rows_ <= kDirectValueRows && p.v.stride[3] == 1),
           unpacked_values_(Math::kPair == 1 && p.v.dtype == DType::kFloat32 && p.v.stride[3] == 1 && p.Dv() % W == 0) {}
@@ -242,13 +252,15 @@ class Split {
             }
         });
         if (chunks_ == 1) return;
-        parallel_for(threads, heads, [&](int64_t head) { merge(head, partials.as<float>() + head * chunks_ * partial); });
+        parallel_for(threads, heads,
+                     [&](int64_t head) { merge(head, partials.as<float>() + head * chunks_ * partial); });
     }
 
    private:
     int64_t chunk_scratch() const {
         return round_up(rows_ * (layout_.ldq + layout_.ldo) + kRows * kGroupKeys + kSlots * layout_.k_tile +
-                            kGroupKeys / Math::kPair * layout_.ldo + 64, 16);
+                            kGroupKeys / Math::kPair * layout_.ldo + 64,
+                        16);
     }
 
     // Asks for the 64 value rows from `rows` on: column by column the product would wait for each of their lines.
@@ -326,7 +338,8 @@ class Split {
                     direct_scores<Math>(x, key_rows, packed[slot], p_.D(), p_.Lk(), scores + slot * 64);
                 }
                 if (!direct_keys_) {
-                    score_tiles<Math>(x, layout_.d_units, scores, [&](int slot) { return keys + slot * layout_.k_tile; });
+                    score_tiles<Math>(x, layout_.d_units, scores,
+                                      [&](int slot) { return keys + slot * layout_.k_tile; });
                 }
                 softmax_step<Math>(terms_, x, scores);
                 if (unpacked) {
@@ -347,7 +360,8 @@ class Split {
                 }
                 rescale(x);
                 for (int slot = 0; slot < used; ++slot) {
-                    direct_values<Math>(x, scores + slot * 64 / Math::kPair, value_rows, seen[slot], packed[slot], p_.Dv());
+                    direct_values<Math>(x, scores + slot * 64 / Math::kPair, value_rows, seen[slot], packed[slot],
+                                        p_.Dv());
                 }
             }
         }

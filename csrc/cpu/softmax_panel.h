@@ -10,10 +10,10 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-constexpr int kRows = 16;                      // query rows of a panel
-constexpr int kSlots = 4;                      // key tiles of a group: its scores stay in the first-level cache
-constexpr int kGroupKeys = kSlots * 64;        // = columns of the score buffer
-constexpr int kTrim = 16;                      // partial tiles are cut to multiples of this
+constexpr int kRows = 16;                // query rows of a panel
+constexpr int kSlots = 4;                // key tiles of a group: its scores stay in the first-level cache
+constexpr int kGroupKeys = kSlots * 64;  // = columns of the score buffer
+constexpr int kTrim = 16;                // partial tiles are cut to multiples of this
 constexpr int kPanelsPerTile = 64 / kPanel;
 static_assert(kTrim % W == 0 && kRows % W == 0, "");
 
@@ -39,9 +39,9 @@ struct Terms {
 
 struct PanelTile {
     int64_t tile;
-    int c0, c1;              // columns in use, multiples of kTrim
+    int c0, c1;  // columns in use, multiples of kTrim
     bool full;
-    uint64_t bits[kRows];    // visible keys of each row, where not full
+    uint64_t bits[kRows];  // visible keys of each row, where not full
 };
 
 // Running state of up to kRows query rows; row r is query i[r] of head[r].
@@ -51,7 +51,7 @@ struct Panel {
     int64_t head[kRows], i[kRows];
     const float* q = nullptr;  // units [rows][ldq]
     int64_t ldq = 0;
-    float* out = nullptr;      // [rows][ldo], unnormalised
+    float* out = nullptr;  // [rows][ldo], unnormalised
     int64_t ldo = 0;
     alignas(64) float top[kRows];    // largest score so far
     alignas(64) float total[kRows];  // sum of weights so far
@@ -121,7 +121,8 @@ inline void add_bias(const Terms& terms, const Panel& x, int r, float* row) {
         for (int c = t.c0; c < t.c1; c += W) {
             const int64_t j = t.tile * 64 + c;
             const int n = static_cast<int>(most<int64_t>(0, least<int64_t>(W, Lk - j)));
-            const Vec b = stride == 0 ? vset(load_one(source, bias.dtype, 0)) : load_floats(source, bias.dtype, j, stride, n);
+            const Vec b =
+                stride == 0 ? vset(load_one(source, bias.dtype, 0)) : load_floats(source, bias.dtype, j, stride, n);
             vstore(row + slot * 64 + c, vfma(vload(row + slot * 64 + c), scale, b));
         }
     }
@@ -225,7 +226,8 @@ inline void softmax_step(const Terms& terms, Panel& x, float* scores) {
 
 // out = decay * out + weights * values; at(slot) is the first step of that slot's tile in the packed values.
 template <class Math, class At>
-inline void add_values(const Panel& x, const float* weights, const float* values, int64_t steps, int64_t vecs, At&& at) {
+inline void add_values(const Panel& x, const float* weights, const float* values, int64_t steps, int64_t vecs,
+                       At&& at) {
     Segment segments[kSlots];
     int count = 0;
     for (int slot = 0; slot < x.count; ++slot) {
@@ -238,8 +240,8 @@ inline void add_values(const Panel& x, const float* weights, const float* values
             segments[count++] = s;
         }
     }
-    gemm<Math, Store::kRescale>(x.rows, static_cast<int>(vecs), {weights, kGroupKeys, 1}, segments, count, values, steps,
-                                x.out, x.ldo, x.decay);
+    gemm<Math, Store::kRescale>(x.rows, static_cast<int>(vecs), {weights, kGroupKeys, 1}, segments, count, values,
+                                steps, x.out, x.ldo, x.decay);
 }
 
 // Natural log of the sum of exp over the row; -inf where it sees nothing.

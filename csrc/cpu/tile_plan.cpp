@@ -116,7 +116,8 @@ TilePlan plan_from_mask(const TensorView& mask, int64_t Lq, int64_t Lk, bool wit
         const int64_t b = at / plan.q_tiles / plan.heads, h = at / plan.q_tiles % plan.heads, t = at % plan.q_tiles;
         const int64_t rows = Lq - t * kTile < kTile ? Lq - t * kTile : kTile;
         parallel_for(plan.k_tiles * rows > (1 << 12) ? threads : 1, rows, [&](int64_t r) {
-            for (int64_t k = 0; k < plan.k_tiles; ++k) block[k * kTile + r] = mask_word(mask, b, h, t * kTile + r, k, Lk);
+            for (int64_t k = 0; k < plan.k_tiles; ++k)
+                block[k * kTile + r] = mask_word(mask, b, h, t * kTile + r, k, Lk);
         });
         const int64_t first = static_cast<int64_t>(plan.rows.size());
         for (int64_t k = 0; k < plan.k_tiles; ++k) {

@@ -146,9 +146,7 @@ def softmax_forward(q, k, v, mask, bias, rng, params: SoftmaxParams) -> tuple[Te
 def softmax_backward(dout, dlse, q, k, v, mask, bias, rng, out, lse, params: SoftmaxParams, needs):
     problem = _Problem(q, k, v, mask, bias, rng, params)
     wide = problem.wide
-    dq, dk, dv = (
-        empty_like_layout(t, t.shape[3], wide).zero_() if need else None for t, need in zip((q, k, v), needs)
-    )
+    dq, dk, dv = (empty_like_layout(t, t.shape[3], wide).zero_() if need else None for t, need in zip((q, k, v), needs))
     dbias = torch.zeros(bias.shape, dtype=wide, device=q.device) if needs[3] else None
     for i0, i1 in () if problem.empty else problem.q_tiles():
         rows, drows = q[:, :, i0:i1].to(wide), dout[:, :, i0:i1].to(wide)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import checks
-from ..autograd import RefuseGradient, autocast, fold_batch, full_precision, register, vmap_by_loop
+from ..autograd import RefuseGradient, autocast, fold_batch, full_precision, register, unobserved, vmap_by_loop
 from ..dispatch import BACKENDS, Explanation, select
 from ..dispatch import explain as explain_call
 from ..eager.softmax import softmax_double_backward
@@ -127,6 +127,9 @@ def _run(call: SoftmaxCall, backend: str) -> tuple[Tensor, Tensor]:
     # A dual tensor must meet the autograd function, which refuses it; the bare op would drop the tangent.
     if needs_grad or forward_ad._current_level >= 0:
         return SoftmaxAttention.apply(q, k, v, mask, bias, rng, *params, backend)
+    # The op costs as much as a small kernel; where nobody looks, its implementation is called directly.
+    if bias is None and unobserved(q, k, v):
+        return _forward(q, k, v, mask, bias, rng, *params, backend)
     return softmax_forward(q, k, v, mask, bias, rng, *params, backend)
 
 
@@ -226,9 +229,7 @@ class SoftmaxAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(q, k, v, mask, bias, rng, scale, causal, window_left, window_right, dropout_p, backend):
-        return softmax_forward(
-            q, k, v, mask, bias, rng, scale, causal, window_left, window_right, dropout_p, backend
-        )
+        return softmax_forward(q, k, v, mask, bias, rng, scale, causal, window_left, window_right, dropout_p, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

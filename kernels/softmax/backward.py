@@ -297,7 +297,16 @@ def backward(dout, dlse, q, k, v, mask, bias, rng, out, lse, params, dq, dk, dv,
         config.score_strides(bias),
     )
     band = config.useful_band(*params.band(Lq, Lk), Lq, Lk)
-    scalars = (stats.stride(0), Hq, group, Lq, Lk, *band, params.scale, *config.dropout_scalars(params.dropout_p))
+    scalars = (
+        stats.stride(0),
+        Hq,
+        group,
+        Lq,
+        Lk,
+        *band,
+        float(params.scale),
+        *config.dropout_scalars(params.dropout_p),
+    )
 
     def compiled_for(tile):
         return config.compile_options(tile, (q, dout, k, v), mask, bias, INTERPRETED)

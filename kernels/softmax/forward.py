@@ -227,7 +227,7 @@ def forward(q, k, v, mask, bias, rng, out, lse, params) -> None:
         Lk,
         lo,
         hi,
-        params.scale,
+        float(params.scale),
         *config.dropout_scalars(params.dropout_p),
         n_tiles,
         B * Hq,

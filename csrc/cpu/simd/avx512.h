@@ -10,8 +10,8 @@ namespace fastattn {
 namespace FASTATTN_ISA {
 
 using Vec = __m512;
-constexpr int W = 16;        // lanes of a Vec
-constexpr int kTileRows = 8; // rows of a register tile; two Vec wide
+constexpr int W = 16;         // lanes of a Vec
+constexpr int kTileRows = 8;  // rows of a register tile; two Vec wide
 
 inline Vec vzero() { return _mm512_setzero_ps(); }
 inline Vec vset(float x) { return _mm512_set1_ps(x); }

@@ -11,8 +11,8 @@ namespace fastattn {
 
 enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 
-Isa best_isa();      // what the CPU and the operating system allow
-Isa current_isa();   // best_isa, or lower by FASTATTN_ISA (read once)
+Isa best_isa();     // what the CPU and the operating system allow
+Isa current_isa();  // best_isa, or lower by FASTATTN_ISA (read once)
 const char* isa_name(Isa isa);
 
 }  // namespace fastattn

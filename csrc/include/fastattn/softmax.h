@@ -11,10 +11,10 @@ FASTATTN_INLINE bool is_decode(int64_t Lq, int64_t group, int64_t Lk) {
     return Lq <= 16 && Lq * group <= kDecodeRows && Lk > 0;
 }
 
-#define FASTATTN_DECLARE_SOFTMAX(isa)                                                   \
-    namespace isa {                                                                     \
-    void softmax_forward(const SoftmaxParams& p);                                       \
-    void softmax_backward(const SoftmaxParams& p, const SoftmaxGradients& g);           \
+#define FASTATTN_DECLARE_SOFTMAX(isa)                                         \
+    namespace isa {                                                           \
+    void softmax_forward(const SoftmaxParams& p);                             \
+    void softmax_backward(const SoftmaxParams& p, const SoftmaxGradients& g); \
     }
 FASTATTN_FOR_EACH_ISA(FASTATTN_DECLARE_SOFTMAX)
 #undef FASTATTN_DECLARE_SOFTMAX

@@ -10,7 +10,8 @@ namespace fastattn {
 
 constexpr int64_t kTile = 64;
 
-// `count` neighbouring tiles from `first` on: all full (bits < 0), or one partial tile whose rows are words[bits + row].
+// `count` neighbouring tiles from `first` on: all full (bits < 0), or one partial tile whose rows are words[bits +
+// row].
 struct TileRun {
     int32_t first, count;
     int64_t bits;
@@ -76,8 +77,8 @@ class Sight {
     Sight(const Sight&) = delete;
     Sight& operator=(const Sight&) = delete;
 
-    TilePlanView plan;                // row_start is null without a mask
-    const uint64_t* seen = nullptr;   // [B][Hk][words], null where the range [first, last) decides alone
+    TilePlanView plan;               // row_start is null without a mask
+    const uint64_t* seen = nullptr;  // [B][Hk][words], null where the range [first, last) decides alone
     int64_t first = 0, last = 0, words = 0;
 
    private:
