@@ -11,6 +11,7 @@ from torch import Tensor
 from .params import CAUSAL_BOTTOM_RIGHT, CAUSAL_NONE, CAUSAL_TOP_LEFT
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FAR = 2**62  # a window side from here on is unbounded: it fits no tensor, and int64 no longer holds sums of it
 Window = Optional[tuple[Optional[int], Optional[int]]]
 
 
@@ -117,7 +118,8 @@ def window_sides(window: Window) -> tuple[Optional[int], Optional[int]]:
             raise TypeError(f"window sides must be ints or None, got {window!r}")
         if side is not None and side < 0:
             raise ValueError(f"window sides must be >= 0 or None for unbounded, got {window!r}")
-    return window[0], window[1]
+    left, right = (None if side is None or side >= FAR else side for side in window)
+    return left, right
 
 
 def probability(p) -> float:

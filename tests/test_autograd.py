@@ -110,7 +110,7 @@ OP_CASES = [
     {"layout": "blhd"},
     {"layout": "lbhd"},
     {"layout": "last_strided"},
-    {"dtype": BF16},
+    {"dtype": BF16, "bias": "1hqk"},
     {"dtype": FP16, "causal": "top_left", "mask": "bhqk"},
 ]
 UTILS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")

@@ -107,6 +107,20 @@ def test_rows_that_see_nothing(Lq, dtype, backend):
 
 
 @all_backends
+@pytest.mark.parametrize("upstream", [float("nan"), float("inf")], ids=str)
+def test_rows_that_see_nothing_ignore_the_gradient_of_their_lse(upstream, backend):
+    """Merging partial results by logaddexp hands NaN back where every part was -inf."""
+    case = Case(Lq=20, Lk=30, Hk=2, mask="q1", bias="1hqk")
+    inputs = make(case, FP32, device=DEVICE)
+    mask = torch.arange(20, device=DEVICE)[:, None] % 3 != 0
+    inputs = inputs._replace(mask=mask)
+    expected = attend(inputs, backend)
+    result = attend(inputs._replace(dlse=inputs.dlse.masked_fill(~mask[:, 0], upstream)), backend)
+    for name in ("dq", "dk", "dv", "dbias"):
+        assert torch.equal(getattr(result, name), getattr(expected, name)), name
+
+
+@all_backends
 @all_dtypes
 def test_nothing_visible_at_all(dtype, backend):
     case = Case(Hk=2, mask="1111", bias="qk")

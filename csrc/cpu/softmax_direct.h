@@ -39,7 +39,7 @@ FASTATTN_INLINE Vec direct_dots(const float* q, const char* keys, int64_t step, 
     return sum_each(sums);
 }
 
-// scores [rows][kGroupKeys] of one tile. Past Lk they are 0: masked like any hidden key.
+// scores [rows][kScoreRow] of one tile. Past Lk they are 0: masked like any hidden key.
 template <class Math>
 inline void direct_scores(const Panel& x, const Source& keys, int64_t tile, int64_t D, int64_t Lk, float* scores) {
     const int64_t full = D / (W * Math::kPair) * W, step = keys.row * element_size(keys.dtype);
@@ -52,7 +52,7 @@ inline void direct_scores(const Panel& x, const Source& keys, int64_t tile, int6
                 for (int64_t at = 0; at < 4 * full; at += 64) __builtin_prefetch(ahead + at, 0, 2);
             }
             for (int r = 0; r < x.rows; ++r) {
-                vstore(scores + r * kGroupKeys + c,
+                vstore(scores + r * kScoreRow + c,
                        direct_dots<Math>(x.q + r * x.ldq, keys.at(j), step, full, keys, j, D));
             }
             continue;
@@ -64,7 +64,7 @@ inline void direct_scores(const Panel& x, const Source& keys, int64_t tile, int6
                 for (int64_t u = 0; j + n < Lk && u < units<Math>(D); u += W) {
                     sum = Math::dot(vload(q + u), load_units<Math>(keys, j + n, u, D), sum);
                 }
-                scores[r * kGroupKeys + c + n] = vsum(sum);
+                scores[r * kScoreRow + c + n] = vsum(sum);
             }
         }
     }
@@ -116,7 +116,7 @@ inline void direct_values(const Panel& x, const float* weights, const Source& va
     const char* rows = values.at(tile * 64);
     const int64_t step = values.row * element_size(values.dtype);
     for (int r = 0; r < x.rows; ++r) {
-        const float* w = weights + r * kGroupKeys;
+        const float* w = weights + r * kScoreRow;
         float* out = x.out + r * x.ldo;
         int64_t c = 0;
         with_loader(values.dtype, [&](auto load) {

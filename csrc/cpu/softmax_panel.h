@@ -10,10 +10,11 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-constexpr int kRows = 16;                // query rows of a panel
-constexpr int kSlots = 4;                // key tiles of a group: its scores stay in the first-level cache
-constexpr int kGroupKeys = kSlots * 64;  // = columns of the score buffer
-constexpr int kTrim = 16;                // partial tiles are cut to multiples of this
+constexpr int kRows = 16;                   // query rows of a panel
+constexpr int kSlots = 4;                   // key tiles of a group: its scores stay in the first-level cache
+constexpr int kGroupKeys = kSlots * 64;     // = columns of the score buffer
+constexpr int kScoreRow = kGroupKeys + 16;  // floats between rows of scores: not a multiple of a cache page
+constexpr int kTrim = 16;                   // partial tiles are cut to multiples of this
 constexpr int kPanelsPerTile = 64 / kPanel;
 static_assert(kTrim % W == 0 && kRows % W == 0, "");
 
@@ -90,7 +91,7 @@ struct Panel {
     }
 };
 
-// scores [rows][kGroupKeys] of the panel's tiles; keys(slot) is the packed K^T of the tile in that slot.
+// scores [rows][kScoreRow] of the panel's tiles; keys(slot) is the packed K^T of the tile in that slot.
 template <class Math, class Keys>
 inline void score_tiles(const Panel& x, int64_t steps, float* scores, Keys&& keys) {
     const Segment whole{0, 0, steps};
@@ -105,7 +106,7 @@ inline void score_tiles(const Panel& x, int64_t steps, float* scores, Keys&& key
             ++next;
         }
         gemm<Math, Store::kWrite>(x.rows, vecs, {x.q, x.ldq, 1}, &whole, 1, keys(slot) + first * kPanel * steps, steps,
-                                  scores + slot * 64 + first * kPanel, kGroupKeys);
+                                  scores + slot * 64 + first * kPanel, kScoreRow);
         slot = next;
     }
 }
@@ -192,7 +193,7 @@ inline void softmax_step(const Terms& terms, Panel& x, float* scores) {
     const Vec minus_inf = vset(-kInfinity), factor = vset(terms.factor);
     Vec lanes_by_row[kRows];
     for (int r = 0; r < kRows; ++r) {
-        float* row = scores + r * kGroupKeys;
+        float* row = scores + r * kScoreRow;
         if (r < x.rows && terms.p.bias) add_bias(terms, x, r, row);
         lanes_by_row[r] = r < x.rows ? mask_and_max(x, r, row) : minus_inf;
     }
@@ -207,7 +208,7 @@ inline void softmax_step(const Terms& terms, Panel& x, float* scores) {
         vstore(x.decay + g, exp2_nonpositive<false>(vmul(vsub(before, safe), factor)));
     }
     for (int r = 0; r < kRows; ++r) {
-        float* row = scores + r * kGroupKeys;
+        float* row = scores + r * kScoreRow;
         if (r >= x.rows) {
             lanes_by_row[r] = vzero();
         } else if (terms.has_dropout) {
@@ -240,8 +241,8 @@ inline void add_values(const Panel& x, const float* weights, const float* values
             segments[count++] = s;
         }
     }
-    gemm<Math, Store::kRescale>(x.rows, static_cast<int>(vecs), {weights, kGroupKeys, 1}, segments, count, values,
-                                steps, x.out, x.ldo, x.decay);
+    gemm<Math, Store::kRescale>(x.rows, static_cast<int>(vecs), {weights, kScoreRow, 1}, segments, count, values, steps,
+                                x.out, x.ldo, x.decay);
 }
 
 // Natural log of the sum of exp over the row; -inf where it sees nothing.

@@ -16,6 +16,7 @@ from ..philox import keep_mask
 
 TILE_ELEMENTS = 1 << 21
 TILE_K = 512
+BAND_ROWS = 256
 
 
 class _Problem:
@@ -29,7 +30,9 @@ class _Problem:
         self.lo, self.hi = params.band(self.Lq, self.Lk)
         self.empty = q.numel() == 0 and 0 in q.shape[:3] or self.Lk == 0
         heads = max(1, self.B * self.Hq)
-        self.rows = max(16, min(max(self.Lq, 1), TILE_ELEMENTS // (heads * min(TILE_K, max(self.Lk, 1)))))
+        # Under a band, short tiles: what lies outside is skipped by whole tiles.
+        most_rows = max(self.Lq, 1) if self.lo is None and self.hi is None else min(max(self.Lq, 1), BAND_ROWS)
+        self.rows = max(16, min(most_rows, TILE_ELEMENTS // (heads * min(TILE_K, max(self.Lk, 1)))))
         self.seen = None if self.empty else self._seen_keys()
 
     def q_tiles(self) -> Iterator[tuple[int, int]]:

@@ -1,0 +1,56 @@
+// Packed keys and values of the forward kernels: sizes, and the packing of one key tile.
+#pragma once
+#include "fastattn/parallel.h"
+#include "fastattn/softmax.h"
+#include "softmax_panel.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+namespace {
+
+// Sizes of packed operands, in units.
+template <class Math>
+struct Layout {
+    int64_t d_units, ldq, dv_vecs, ldo, tiles, k_tile, k_size, v_steps, v_size;
+    explicit Layout(const SoftmaxParams& p)
+        : d_units(units<Math>(p.D())),
+          ldq(round_up(most<int64_t>(d_units, 1), W)),
+          dv_vecs(ceil_div(p.Dv(), W)),
+          ldo(dv_vecs * W),
+          tiles(ceil_div(p.Lk(), 64)),
+          k_tile(kPanelsPerTile * kPanel * d_units),
+          k_size(tiles * k_tile),
+          v_steps(tiles * 64 / Math::kPair),
+          v_size(v_steps * ldo) {}
+    int64_t head_size() const { return round_up(k_size + v_size, 16); }
+};
+
+// Rows of k or v of one head; keys nobody sees are read as zeros.
+Source key_source(const SoftmaxParams& p, const Sight& sight, const TensorView& t, int64_t b, int64_t hk) {
+    Source s = source_of(t, b, hk);
+    s.first = sight.first;
+    s.last = sight.last;
+    if (sight.seen) s.seen = sight.seen + (b * p.Hk() + hk) * sight.words;
+    return s;
+}
+
+template <class Math>
+void pack_key_tile(const SoftmaxParams& p, const Source& keys, int64_t tile, float* out) {
+    const int64_t width = kPanel * units<Math>(p.D());
+    for (int panel = 0; panel < kPanelsPerTile; ++panel) {
+        const int64_t j = tile * 64 + panel * kPanel;
+        const int64_t n = most<int64_t>(0, least<int64_t>(kPanel, p.Lk() - j));
+        pack_transposed<Math>(keys, j, n, p.D(), out + panel * width);
+    }
+}
+
+// Steps of values [at, at + 64 / pair) from key tile `tile`; keys past Lk are zeros.
+template <class Math>
+void pack_value_tile(const SoftmaxParams& p, Source values, int64_t tile, float* out, int64_t steps, int64_t at) {
+    values.last = least(values.last, p.Lk());
+    pack_summed<Math>(values, tile * 64, 64, p.Dv(), out, steps, at);
+}
+
+}  // namespace
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

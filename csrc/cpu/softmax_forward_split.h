@@ -1,0 +1,252 @@
+// Few queries (decoding): keys are split into chunks that run in parallel and are merged in order.
+#pragma once
+#include "fastattn/parallel.h"
+#include "fastattn/softmax.h"
+#include "softmax_direct.h"
+#include "softmax_forward_operands.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+namespace {
+
+constexpr int64_t kChunkKeys = 512;    // keys of a decoding task
+constexpr int64_t kDirectKeyRows = 8;  // rows up to which keys, or values, are not packed: it would cost more
+constexpr int64_t kDirectValueRows = 2;
+constexpr double kSerialWork = 1 << 17;  // multiply-adds under which waking a team costs more than it saves
+
+// Decoding: the rows of all heads of a group are rows of one product, so K and V are read once.
+template <class Math>
+class Split {
+   public:
+    Split(const SoftmaxParams& p)
+        : p_(p),
+          terms_(p),
+          layout_(p),
+          sight_(p, 0),
+          rows_(p.Lq() * p.group()),
+          chunks_(ceil_div(p.Lk(), kChunkKeys)),
+          direct_keys_(rows_ <= kDirectKeyRows && p.k.stride[3] == 1 && element_size(p.k.dtype) * Math::kPair == 4),
+          direct_values_(rows_ <= kDirectValueRows && p.v.stride[3] == 1),
+          unpacked_values_(Math::kPair == 1 && p.v.dtype == DType::kFloat32 && p.v.stride[3] == 1 && p.Dv() % W == 0) {}
+
+    void run() {
+        const int64_t heads = p_.B() * p_.Hk(), scratch = chunk_scratch();
+        const double work = static_cast<double>(heads * rows_ * p_.Lk()) * static_cast<double>(p_.D() + p_.Dv());
+        const int threads = work < kSerialWork ? 1 : p_.threads;
+        const int64_t partial = chunks_ > 1 ? rows_ * (layout_.ldo + 2) : 0;
+        const Scratch partials(heads * chunks_ * partial * 4), blocks(threads * scratch * 4);
+        std::atomic<int> members{0};
+        std::atomic<int64_t> next{0};
+        run_team(threads, [&] {
+            float* mine = blocks.as<float>() + members.fetch_add(1) * scratch;
+            for (int64_t task; (task = next.fetch_add(1)) < heads * chunks_;) {
+                attend(task / chunks_, task % chunks_, mine, partials.as<float>() + task * partial);
+            }
+        });
+        if (chunks_ == 1) return;
+        parallel_for(threads, heads,
+                     [&](int64_t head) { merge(head, partials.as<float>() + head * chunks_ * partial); });
+    }
+
+   private:
+    int64_t chunk_scratch() const {
+        return round_up(rows_ * (layout_.ldq + layout_.ldo) + kRows * kScoreRow + kSlots * layout_.k_tile +
+                            kGroupKeys / Math::kPair * layout_.ldo + 64,
+                        16);
+    }
+
+    // Asks for the 64 value rows from `rows` on: column by column the product would wait for each of their lines.
+    void prefetch_rows(const float* rows, int64_t row) const {
+        for (int n = 0; n < 64; ++n) {
+            for (int64_t c = 0; c < layout_.ldo; c += 16) __builtin_prefetch(rows + n * row + c, 0, 2);
+        }
+    }
+
+    void place(Panel& x, int64_t b, int64_t hk, int64_t row) const {
+        x.rows = static_cast<int>(least<int64_t>(kRows, rows_ - row));
+        x.b = b;
+        for (int r = 0; r < x.rows; ++r) {
+            x.head[r] = hk * p_.group() + (row + r) / p_.Lq();
+            x.i[r] = (row + r) % p_.Lq();
+        }
+    }
+
+    void attend(int64_t kv_head, int64_t chunk, float* scratch, float* partial) const {
+        const int64_t b = kv_head / p_.Hk(), hk = kv_head % p_.Hk();
+        float* q = scratch;
+        float* out = q + rows_ * layout_.ldq;
+        float* scores = out + rows_ * layout_.ldo;
+        float* keys = scores + kRows * kScoreRow;
+        float* values = keys + kSlots * layout_.k_tile;
+        Panel panels[kDecodeRows / kRows];
+        int count = 0;
+        for (int64_t row = 0; row < rows_; row += kRows, ++count) {
+            Panel& x = panels[count];
+            place(x, b, hk, row);
+            x.q = q + row * layout_.ldq;
+            x.ldq = layout_.ldq;
+            x.out = out + row * layout_.ldo;
+            x.ldo = layout_.ldo;
+            x.reset();
+        }
+        for (int64_t g = 0; g < p_.group(); ++g) {
+            float* rows = q + g * p_.Lq() * layout_.ldq;
+            if (terms_.zero_logits) {
+                memset(rows, 0, sizeof(float) * static_cast<size_t>(p_.Lq() * layout_.ldq));
+            } else {
+                pack_rows<Math>(source_of(p_.q, b, hk * p_.group() + g), 0, p_.Lq(), p_.D(), terms_.sign, rows);
+            }
+        }
+        Source key_rows = key_source(p_, sight_, p_.k, b, hk), value_rows = key_source(p_, sight_, p_.v, b, hk);
+        const int64_t last = least((chunk + 1) * kChunkKeys, p_.Lk());
+        uint64_t seen[kSlots];
+        for (int64_t j0 = chunk * kChunkKeys; j0 < last; j0 += kGroupKeys) {
+            const int slots = static_cast<int>(ceil_div(least<int64_t>(kGroupKeys, last - j0), 64));
+            for (int n = 0; n < count; ++n) panels[n].count = 0;
+            int64_t packed[kSlots];
+            int used = 0;
+            for (int slot = 0; slot < slots; ++slot) {
+                const int64_t tile = j0 / 64 + slot;
+                if ((seen[used] = look(panels, count, tile, used)) != 0) packed[used++] = tile;
+            }
+            if (!used) continue;
+            for (int slot = 0; slot < used && !direct_keys_; ++slot) {
+                key_rows.seen = seen + slot;
+                key_rows.seen_from = packed[slot];
+                pack_key_tile<Math>(p_, key_rows, packed[slot], keys + slot * layout_.k_tile);
+            }
+            constexpr int64_t steps = kGroupKeys / Math::kPair;
+            // Rows of whole float vectors, none hidden, are operands as they lie in memory.
+            bool unpacked = unpacked_values_ && !direct_values_;
+            for (int slot = 0; slot < used; ++slot) unpacked &= seen[slot] == ~uint64_t{0};
+            for (int slot = 0; slot < used && !direct_values_ && !unpacked; ++slot) {
+                value_rows.seen = seen + slot;
+                value_rows.seen_from = packed[slot];
+                pack_value_tile<Math>(p_, value_rows, packed[slot], values, steps, slot * 64 / Math::kPair);
+            }
+            for (int n = 0; n < count; ++n) {
+                Panel& x = panels[n];
+                for (int slot = 0; slot < used && direct_keys_; ++slot) {
+                    direct_scores<Math>(x, key_rows, packed[slot], p_.D(), p_.Lk(), scores + slot * 64);
+                }
+                if (!direct_keys_) {
+                    score_tiles<Math>(x, layout_.d_units, scores,
+                                      [&](int slot) { return keys + slot * layout_.k_tile; });
+                }
+                softmax_step<Math>(terms_, x, scores);
+                if (unpacked) {
+                    rescale(x);
+                    for (int slot = 0; slot < used; ++slot) {
+                        const float* tile = reinterpret_cast<const float*>(value_rows.at(packed[slot] * 64));
+                        prefetch_rows(tile + 64 * value_rows.row, value_rows.row);
+                        gemm_unpacked<Math, Store::kAdd>(x.rows, static_cast<int>(layout_.dv_vecs),
+                                                         {scores + slot * 64, kScoreRow, 1}, {0, 0, 64}, tile,
+                                                         value_rows.row, x.out, x.ldo);
+                    }
+                    continue;
+                }
+                if (!direct_values_) {
+                    add_values<Math>(x, scores, values, steps, layout_.dv_vecs,
+                                     [](int slot) { return int64_t{slot} * 64 / Math::kPair; });
+                    continue;
+                }
+                rescale(x);
+                for (int slot = 0; slot < used; ++slot) {
+                    direct_values<Math>(x, scores + slot * 64 / Math::kPair, value_rows, seen[slot], packed[slot],
+                                        p_.Dv());
+                }
+            }
+        }
+        for (int n = 0; n < count; ++n) {
+            const Panel& x = panels[n];
+            for (int r = 0; r < x.rows; ++r) {
+                const float* row = x.out + r * layout_.ldo;
+                if (chunks_ == 1) {
+                    finish_row(terms_, x, r, x.top[r], x.total[r], row);
+                    continue;
+                }
+                float* target = partial + (n * kRows + r) * (layout_.ldo + 2);
+                target[0] = x.top[r];
+                target[1] = x.total[r];
+                memcpy(target + 2, row, sizeof(float) * static_cast<size_t>(layout_.ldo));
+            }
+        }
+    }
+
+    // Enters the tile in every panel at the same slot if any row sees it; returns the keys some row sees.
+    uint64_t look(Panel* panels, int count, int64_t tile, int slot) const {
+        uint64_t any = 0, every = ~uint64_t{0};
+        for (int n = 0; n < count; ++n) {
+            Panel& x = panels[n];
+            PanelTile& t = x.tiles[slot];
+            for (int r = 0; r < x.rows; ++r) {
+                t.bits[r] = visible_word(p_, x.b, x.head[r], x.i[r], tile);
+                any |= t.bits[r];
+                every &= t.bits[r];
+            }
+        }
+        if (p_.bias && any) any &= biased_word(panels[0].b, panels[0].head[0] / p_.group(), tile);
+        for (int n = 0; n < count && any; ++n) {
+            PanelTile& t = panels[n].tiles[slot];
+            for (int r = 0; r < panels[n].rows; ++r) t.bits[r] &= any;
+            t.tile = tile;
+            t.full = (every & any) == ~uint64_t{0};
+            t.c0 = 0;
+            t.c1 = 64;
+            panels[n].count = slot + 1;
+        }
+        return any;
+    }
+
+    // Keys of the tile that some row sees and whose bias is not -inf there.
+    uint64_t biased_word(int64_t b, int64_t hk, int64_t tile) const {
+        uint64_t found = 0;
+        const int64_t keys = least<int64_t>(64, p_.Lk() - tile * 64);
+        for (int64_t row = 0; row < rows_; ++row) {
+            const int64_t h = hk * p_.group() + row / p_.Lq(), i = row % p_.Lq();
+            uint64_t left = visible_word(p_, b, h, i, tile) & ~found;
+            const char* bias = p_.bias.row(b, h, i);
+            for (int64_t c = 0; left && c < keys; ++c) {
+                if (!(left >> c & 1)) continue;
+                const float x = load_one(bias, p_.bias.dtype, (tile * 64 + c) * p_.bias.last_stride());
+                if (x != -kInfinity) found |= uint64_t{1} << c;
+            }
+        }
+        return found;
+    }
+
+    void merge(int64_t kv_head, float* partials) const {
+        Panel x;
+        const int64_t b = kv_head / p_.Hk(), hk = kv_head % p_.Hk(), width = layout_.ldo + 2;
+        for (int64_t row = 0; row < rows_; row += kRows) {
+            place(x, b, hk, row);
+            for (int r = 0; r < x.rows; ++r) {
+                float* first = partials + (row + r) * width;
+                float top = -kInfinity, total = 0;
+                for (int64_t c = 0; c < chunks_; ++c) top = most(top, first[c * rows_ * width]);
+                const float base = top == -kInfinity ? 0.0f : top;
+                for (int64_t c = 0; c < chunks_; ++c) {
+                    const float* part = first + c * rows_ * width;
+                    const float decay = exp2f((part[0] - base) * terms_.factor);
+                    total += part[1] * decay;
+                    for (int64_t v = 0; v < layout_.ldo; v += W) {
+                        const Vec sum = c ? vload(first + 2 + v) : vzero();
+                        vstore(first + 2 + v, vfma(vload(part + 2 + v), vset(decay), sum));
+                    }
+                }
+                finish_row(terms_, x, r, top, total, first + 2);
+            }
+        }
+    }
+
+    const SoftmaxParams& p_;
+    const Terms terms_;
+    const Layout<Math> layout_;
+    const Sight sight_;
+    const int64_t rows_, chunks_;
+    const bool direct_keys_, direct_values_, unpacked_values_;  // few rows, and memory that can be read as operands
+};
+
+}  // namespace
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn
