@@ -8,6 +8,24 @@ namespace FASTATTN_ISA {
 
 // Lane n of the result is the sum of the lanes of r[n].
 FASTATTN_INLINE Vec sum_each(Vec r[W]) {
+#if FASTATTN_RANK_OF(FASTATTN_ISA) >= 2
+    // A tree that halves the vectors at each level: a full transpose would shuffle twice as much.
+    const auto pd = [](Vec a) { return _mm512_castps_pd(a); };
+    const auto ps = [](__m512d a) { return _mm512_castpd_ps(a); };
+    Vec a[8], b[4];
+    FASTATTN_UNROLL for (int i = 0; i < 8; ++i) {
+        a[i] = vadd(_mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]), _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]));
+    }
+    FASTATTN_UNROLL for (int i = 0; i < 4; ++i) {
+        b[i] = vadd(ps(_mm512_unpacklo_pd(pd(a[2 * i]), pd(a[2 * i + 1]))),
+                    ps(_mm512_unpackhi_pd(pd(a[2 * i]), pd(a[2 * i + 1]))));
+    }
+    FASTATTN_UNROLL for (int i = 0; i < 2; ++i) {
+        a[i] = vadd(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88),
+                    _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
+    }
+    return vadd(_mm512_shuffle_f32x4(a[0], a[1], 0x88), _mm512_shuffle_f32x4(a[0], a[1], 0xdd));
+#endif
     transpose(r);
     FASTATTN_UNROLL for (int step = 1; step < W; step *= 2) {
         FASTATTN_UNROLL for (int n = 0; n + step < W; n += 2 * step) r[n] = vadd(r[n], r[n + step]);
@@ -39,17 +57,22 @@ FASTATTN_INLINE Vec direct_dots(const float* q, const char* keys, int64_t step, 
     return sum_each(sums);
 }
 
-// scores [rows][kScoreRow] of one tile. Past Lk they are 0: masked like any hidden key.
+// scores [rows][kScoreRow] of one tile. Past Lk they are 0: masked like any hidden key. Meanwhile memory is asked for
+// the keys of the next tile and, where there are enough rows for memory to wait for the products, for the values of
+// this one.
 template <class Math>
-inline void direct_scores(const Panel& x, const Source& keys, int64_t tile, int64_t D, int64_t Lk, float* scores) {
+inline void direct_scores(const Panel& x, const Source& keys, const Source& values, int64_t tile, int64_t D, int64_t Dv,
+                          int64_t Lk, float* scores) {
     const int64_t full = D / (W * Math::kPair) * W, step = keys.row * element_size(keys.dtype);
+    const int64_t value_bytes = x.rows > 2 ? Dv * element_size(values.dtype) : 0;
     for (int c = 0; c < 64; c += W) {
         const int64_t j = tile * 64 + c;
         if (j + W <= Lk) {
-            // What the next tile reads: the row-wise walk below outruns the hardware prefetcher.
             for (int n = 0; n < W; ++n) {
                 const char* ahead = keys.at(j + n) + 64 * step;
+                const char* value = values.at(j + n);
                 for (int64_t at = 0; at < 4 * full; at += 64) __builtin_prefetch(ahead + at, 0, 2);
+                for (int64_t at = 0; at < value_bytes; at += 64) __builtin_prefetch(value + at, 0, 2);
             }
             for (int r = 0; r < x.rows; ++r) {
                 vstore(scores + r * kScoreRow + c,

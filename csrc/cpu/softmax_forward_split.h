@@ -55,13 +55,6 @@ class Split {
                         16);
     }
 
-    // Asks for the 64 value rows from `rows` on: column by column the product would wait for each of their lines.
-    void prefetch_rows(const float* rows, int64_t row) const {
-        for (int n = 0; n < 64; ++n) {
-            for (int64_t c = 0; c < layout_.ldo; c += 16) __builtin_prefetch(rows + n * row + c, 0, 2);
-        }
-    }
-
     void place(Panel& x, int64_t b, int64_t hk, int64_t row) const {
         x.rows = static_cast<int>(least<int64_t>(kRows, rows_ - row));
         x.b = b;
@@ -119,26 +112,26 @@ class Split {
             // Rows of whole float vectors, none hidden, are operands as they lie in memory.
             bool unpacked = unpacked_values_ && !direct_values_;
             for (int slot = 0; slot < used; ++slot) unpacked &= seen[slot] == ~uint64_t{0};
-            for (int slot = 0; slot < used && !direct_values_ && !unpacked; ++slot) {
-                value_rows.seen = seen + slot;
-                value_rows.seen_from = packed[slot];
-                pack_value_tile<Math>(p_, value_rows, packed[slot], values, steps, slot * 64 / Math::kPair);
-            }
             for (int n = 0; n < count; ++n) {
                 Panel& x = panels[n];
                 for (int slot = 0; slot < used && direct_keys_; ++slot) {
-                    direct_scores<Math>(x, key_rows, packed[slot], p_.D(), p_.Lk(), scores + slot * 64);
+                    direct_scores<Math>(x, key_rows, value_rows, packed[slot], p_.D(), p_.Dv(), p_.Lk(),
+                                        scores + slot * 64);
                 }
                 if (!direct_keys_) {
                     score_tiles<Math>(x, layout_.d_units, scores,
                                       [&](int slot) { return keys + slot * layout_.k_tile; });
                 }
                 softmax_step<Math>(terms_, x, scores);
+                for (int slot = 0; slot < used && n == 0 && !direct_values_ && !unpacked; ++slot) {
+                    value_rows.seen = seen + slot;
+                    value_rows.seen_from = packed[slot];
+                    pack_value_tile<Math>(p_, value_rows, packed[slot], values, steps, slot * 64 / Math::kPair);
+                }
                 if (unpacked) {
                     rescale(x);
                     for (int slot = 0; slot < used; ++slot) {
                         const float* tile = reinterpret_cast<const float*>(value_rows.at(packed[slot] * 64));
-                        prefetch_rows(tile + 64 * value_rows.row, value_rows.row);
                         gemm_unpacked<Math, Store::kAdd>(x.rows, static_cast<int>(layout_.dv_vecs),
                                                          {scores + slot * 64, kScoreRow, 1}, {0, 0, 64}, tile,
                                                          value_rows.row, x.out, x.ldo);
