@@ -15,8 +15,9 @@ SANITIZED := build/sanitize/site
 .PHONY: test bench lint format sanitize clean install
 .DELETE_ON_ERROR:
 
+# Idle threads that spin would take the cores from the next test.
 test: $(VENV)/.installed
-	$(BIN)/pytest -m "not gpu" --durations=15 -p no:cacheprovider $(TEST_ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -m "not gpu" --durations=15 -p no:cacheprovider $(TEST_ARGS)
 
 bench: $(VENV)/.installed
 	@mkdir -p build

@@ -115,7 +115,7 @@ def textbook(
     """
     p, kept, z = _weights(inputs, case, keep, lse)
     scale, sign = _scale_and_band(inputs, case)[0], -1.0
-    weights = p * z.abs().clamp(min=1) if magnitude else p
+    weights = torch.where(p > 0, p * z.abs().clamp(min=1), 0) if magnitude else p
     if magnitude:
         inputs = inputs._replace(**{name: getattr(inputs, name).abs() for name in ("q", "k", "v", "dout", "dlse")})
         out, lse, scale, sign = (p * kept).to(out.dtype) @ _repeated(inputs.v, out), lse.abs(), abs(scale), 1.0

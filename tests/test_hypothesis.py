@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from harness import BACKENDS, BF16, DEVICE, FP16, FP32, FP64, Result, attend, expect
+from harness import BACKENDS, BF16, DEVICE, FP16, FP32, Result, attend, expect
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -37,16 +37,17 @@ def cases(draw):
     )
 
 
-def limit(name, golden, magnitude, dtype):
+def limit(name, magnitude, dtype):
     """A few ulp of the accumulated terms in fp32; in half precision, of the terms each matrix product rounds."""
     finite = magnitude[magnitude.isfinite()]
     terms = max(1.0, float(finite.abs().max()) if finite.numel() else 0.0)
-    eps = EPS_FP32 if name == "lse" else torch.finfo(dtype).eps
-    return (64 if eps == EPS_FP32 else 6) * eps * terms
+    if name == "lse":
+        return 64 * EPS_FP32 * terms + (torch.finfo(dtype).eps / 8 if dtype != FP32 else 0.0)
+    return (64 if dtype == FP32 else 6) * torch.finfo(dtype).eps * terms
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
-@settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@settings(max_examples=400, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(
     case=cases(),
     dtype=st.sampled_from([FP32, FP32, BF16, FP16]),
@@ -67,5 +68,4 @@ def test_any_call_agrees_with_fp64(backend, case, dtype, layouts, seed, hidden):
     golden, _, magnitude = expect(inputs, case, keep)
     for name, found, exact, terms in zip(Result._fields, result, golden, magnitude):
         if found is not None:
-            precision = FP32 if found.dtype in (FP32, FP64) and name == "lse" else dtype
-            assert max_error(found, exact) <= limit(name, exact, terms, precision), name
+            assert max_error(found, exact) <= limit(name, terms, dtype), name
