@@ -47,7 +47,7 @@ def limit(name, magnitude, dtype):
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
-@settings(max_examples=400, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(
     case=cases(),
     dtype=st.sampled_from([FP32, FP32, BF16, FP16]),
