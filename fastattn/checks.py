@@ -19,8 +19,11 @@ def shapes(**tensors: Tensor) -> str:
     return ", ".join(f"{name} {list(t.shape)}" for name, t in tensors.items())
 
 
-def qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """q [B, Hq, Lq, D], k [B, Hk, Lk, D], v [B, Hk, Lk, Dv], one dtype, one device, Hq a multiple of Hk."""
+def _is_dense(t: Tensor) -> bool:
+    return t.dim() == 4 and t.layout is torch.strided and not t.is_nested
+
+
+def _refuse_type(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
@@ -33,6 +36,13 @@ def qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
                 f"{name} must have 4 dimensions [batch, heads, length, head_dim], got {name} {list(t.shape)}; "
                 "add the missing ones with unsqueeze (fastattn.scaled_dot_product_attention takes 2 to 5)"
             )
+
+
+def qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q [B, Hq, Lq, D], k [B, Hk, Lk, D], v [B, Hk, Lk, Dv], one dtype, one device, Hq a multiple of Hk."""
+    tensors = isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)
+    if not tensors or not (_is_dense(q) and _is_dense(k) and _is_dense(v)):
+        _refuse_type(q, k, v)
     if q.dtype != k.dtype or q.dtype != v.dtype:
         raise TypeError(
             f"q, k and v must share one dtype, got q {q.dtype}, k {k.dtype}, v {v.dtype}; cast them or use autocast"

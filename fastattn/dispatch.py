@@ -13,6 +13,7 @@ ORDER = {
     "cpu": ("native", "eager", "reference", "triton"),
     "cuda": ("native", "triton", "eager", "reference"),
 }
+OPT_IN = tuple(name for name, module in BACKENDS.items() if hasattr(module, "why_not_by_default"))
 OTHER_DEVICES = ("eager", "reference", "native", "triton")
 
 
@@ -31,15 +32,14 @@ def _order(call: SoftmaxCall) -> tuple[str, ...]:
 
 def _by_default(name: str, call: SoftmaxCall) -> list[str]:
     """Reasons not to pick a backend unless it is asked for by name (kernels never run on hardware)."""
-    opt_in = getattr(BACKENDS[name], "why_not_by_default", None)
-    return [] if opt_in is None else opt_in(call)
+    return BACKENDS[name].why_not_by_default(call) if name in OPT_IN else []
 
 
 def select(call: SoftmaxCall, backend: str = "auto") -> str:
     """Name of the backend that runs the call. An explicit backend never falls back."""
     if backend == "auto":
         for name in _order(call):
-            if not BACKENDS[name].why_not(call) and not _by_default(name, call):
+            if not BACKENDS[name].why_not(call) and (name not in OPT_IN or not _by_default(name, call)):
                 return name
         raise UnsupportedError(f"no backend takes this call\n{explain(call)}")
     check_name(backend)

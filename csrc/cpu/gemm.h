@@ -92,8 +92,8 @@ inline void tile_rows(int rows, Rows x, const Segment* segments, int count, cons
         FASTATTN_TILE(3)
         FASTATTN_TILE(4)
         FASTATTN_TILE(5)
-        FASTATTN_TILE(6) FASTATTN_TILE(7) FASTATTN_TILE(8) FASTATTN_TILE(9) FASTATTN_TILE(10) FASTATTN_TILE(11) default
-            : break;
+        FASTATTN_TILE(6)
+        FASTATTN_TILE(7) FASTATTN_TILE(8) FASTATTN_TILE(9) FASTATTN_TILE(10) FASTATTN_TILE(11) default : break;
     }
 #undef FASTATTN_TILE
 }

@@ -71,7 +71,7 @@ inline void direct_scores(const Panel& x, const Source& keys, const Source& valu
             for (int n = 0; n < W; ++n) {
                 const char* ahead = keys.at(j + n) + 64 * step;
                 const char* value = values.at(j + n);
-                for (int64_t at = 0; at < 4 * full; at += 64) __builtin_prefetch(ahead + at, 0, 2);
+                for (int64_t at = 0; at < 4 * full && j + 64 < Lk; at += 64) __builtin_prefetch(ahead + at, 0, 2);
                 for (int64_t at = 0; at < value_bytes; at += 64) __builtin_prefetch(value + at, 0, 2);
             }
             for (int r = 0; r < x.rows; ++r) {

@@ -49,10 +49,11 @@ class Split {
     }
 
    private:
+    // No more than is used: beyond 128 KiB an allocation costs page faults, longer than a small call takes.
     int64_t chunk_scratch() const {
-        return round_up(rows_ * (layout_.ldq + layout_.ldo) + kRows * kScoreRow + kSlots * layout_.k_tile +
-                            kGroupKeys / Math::kPair * layout_.ldo + 64,
-                        16);
+        const int64_t keys = direct_keys_ ? 0 : kSlots * layout_.k_tile;
+        const int64_t values = direct_values_ ? 0 : kGroupKeys / Math::kPair * layout_.ldo;
+        return round_up(rows_ * (layout_.ldq + layout_.ldo) + kRows * kScoreRow + keys + values + 64, 16);
     }
 
     void place(Panel& x, int64_t b, int64_t hk, int64_t row) const {
@@ -70,7 +71,7 @@ class Split {
         float* out = q + rows_ * layout_.ldq;
         float* scores = out + rows_ * layout_.ldo;
         float* keys = scores + kRows * kScoreRow;
-        float* values = keys + kSlots * layout_.k_tile;
+        float* values = keys + (direct_keys_ ? 0 : kSlots * layout_.k_tile);
         Panel panels[kDecodeRows / kRows];
         int count = 0;
         for (int64_t row = 0; row < rows_; row += kRows, ++count) {

@@ -129,7 +129,8 @@ def _run(call: SoftmaxCall, backend: str) -> tuple[Tensor, Tensor]:
         return SoftmaxAttention.apply(q, k, v, mask, bias, rng, *params, backend)
     # The op costs as much as a small kernel; where nobody looks, its implementation is called directly.
     if bias is None and unobserved(q, k, v):
-        return _forward(q, k, v, mask, bias, rng, *params, backend)
+        with full_precision(q):
+            return BACKENDS[backend].softmax_forward(q, k, v, mask, bias, rng, params)
     return softmax_forward(q, k, v, mask, bias, rng, *params, backend)
 
 
