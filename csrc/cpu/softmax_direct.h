@@ -68,13 +68,14 @@ inline void direct_scores(const Panel& x, const Source& keys, const Source& valu
     for (int c = 0; c < 64; c += W) {
         const int64_t j = tile * 64 + c;
         if (j + W <= Lk) {
-            for (int n = 0; n < W; ++n) {
-                const char* ahead = keys.at(j + n) + 64 * step;
-                const char* value = values.at(j + n);
-                for (int64_t at = 0; at < 4 * full && j + 64 < Lk; at += 64) __builtin_prefetch(ahead + at, 0, 2);
-                for (int64_t at = 0; at < value_bytes; at += 64) __builtin_prefetch(value + at, 0, 2);
-            }
             for (int r = 0; r < x.rows; ++r) {
+                // Each row asks for its share: all at once would fill the queue of misses, and the products wait in it.
+                for (int n = r * W / x.rows; n < (r + 1) * W / x.rows; ++n) {
+                    const char* ahead = keys.at(j + n) + 64 * step;
+                    const char* value = values.at(j + n);
+                    for (int64_t at = 0; at < 4 * full && j + 64 < Lk; at += 64) __builtin_prefetch(ahead + at, 0, 2);
+                    for (int64_t at = 0; at < value_bytes; at += 64) __builtin_prefetch(value + at, 0, 2);
+                }
                 vstore(scores + r * kScoreRow + c,
                        direct_dots<Math>(x.q + r * x.ldq, keys.at(j), step, full, keys, j, D));
             }
