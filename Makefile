@@ -35,7 +35,7 @@ format: $(VENV)/.tools
 	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format -i
 
 # The sanitized library goes into a second copy of the package, which PYTHONPATH puts in front of the editable one.
-# No detect_stack_use_after_return: before GCC 14 its frames are misaligned for 512-bit vectors (GCC bug 110027). pytest must
+# No detect_stack_use_after_return: before GCC 14 its frames are misaligned for 512-bit vectors. pytest must
 # leave file descriptor 2 and SIGSEGV alone, or the reports are lost.
 sanitize: $(SANITIZED)/.installed
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \

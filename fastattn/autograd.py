@@ -46,14 +46,14 @@ def vmap_by_loop(op: Callable, info, in_dims, args: tuple) -> tuple[tuple, tuple
     return outputs, (0,) * len(outputs)
 
 
-def unobserved(*tensors: Tensor) -> bool:
+def unobserved(*tensors: Optional[Tensor]) -> bool:
     """Whether no tracing, transform, dispatch mode, profiler or subclass wants to see the op: it may then be skipped."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.autograd._profiler_enabled()
-        and all(type(t) in (Tensor, torch.nn.Parameter) and not t.is_neg() for t in tensors)
+        and all(t is None or (type(t) in (Tensor, torch.nn.Parameter) and not t.is_neg()) for t in tensors)
     )
 
 

@@ -1,4 +1,4 @@
-"""FLOP formulas for torch.utils.flop_counter, handed over when a program imports it: it imports Triton (120 ms)."""
+"""FLOP formulas for torch.utils.flop_counter, handed over when a program imports it: it imports Triton."""
 
 from __future__ import annotations
 

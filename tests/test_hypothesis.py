@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastattn.testing import LAYOUTS, Case, dropout_mask, make, max_error, next_rng, relayout
-from fastattn.testing.tolerances import EPS_FP32
+from fastattn.testing.tolerances import EPS_FP32, HALF_LSE
 
 LENGTH = st.one_of(st.integers(0, 20), st.sampled_from([31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 140]))
 WIDTH = st.one_of(st.integers(1, 24), st.sampled_from([31, 32, 33, 40, 64, 65, 96, 128]))
@@ -42,7 +42,7 @@ def limit(name, magnitude, dtype):
     finite = magnitude[magnitude.isfinite()]
     terms = max(1.0, float(finite.abs().max()) if finite.numel() else 0.0)
     if name == "lse":
-        return 64 * EPS_FP32 * terms + (torch.finfo(dtype).eps / 8 if dtype != FP32 else 0.0)
+        return 64 * EPS_FP32 * terms + (HALF_LSE if dtype != FP32 else 0.0)
     return (64 if dtype == FP32 else 6) * torch.finfo(dtype).eps * terms
 
 

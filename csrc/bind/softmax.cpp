@@ -164,6 +164,7 @@ void backward(py::handle dout, py::handle dlse, py::handle q, py::handle k, py::
     refuse_overlap(g.dq, "dq", read);
     refuse_overlap(g.dk, "dk", read);
     refuse_overlap(g.dv, "dv", read);
+    refuse_overlap(g.dbias, "dbias", read);
     refuse_overlap(g.dq, "dq", {&g.dk, &g.dv, &g.dbias});
     refuse_overlap(g.dk, "dk", {&g.dv, &g.dbias});
     refuse_overlap(g.dv, "dv", {&g.dbias});

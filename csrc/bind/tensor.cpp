@@ -1,5 +1,7 @@
 #include "tensor.h"
 
+#include <pybind11/gil_safe_call_once.h>
+
 namespace py = pybind11;
 
 namespace fastattn {
@@ -22,8 +24,9 @@ struct Names {
 };
 
 const Names& known() {
-    static const Names* names = new Names;
-    return *names;
+    // Not a plain static: its guard and the interpreter's lock, taken in both orders, would deadlock.
+    PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<Names> names;
+    return names.call_once_and_store_result([] { return Names(); }).get_stored();
 }
 
 py::object checked(PyObject* result) {

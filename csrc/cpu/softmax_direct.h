@@ -100,16 +100,10 @@ template <class Math, int V, class Value>
 inline void direct_columns(const float* weights, uint64_t seen, float* out, Value&& value) {
     Vec acc[V];
     FASTATTN_UNROLL for (int v = 0; v < V; ++v) acc[v] = vload(out + v * W);
-    const auto add = [&](int n) {
+    for (int n = 0; n < 64; n += Math::kPair) {
+        if (!(seen >> n & (Math::kPair == 2 ? 3 : 1))) continue;
         const Vec w = vset(weights[n / Math::kPair]);
         FASTATTN_UNROLL for (int v = 0; v < V; ++v) acc[v] = Math::dot(w, value(n, v), acc[v]);
-    };
-    if (seen == ~uint64_t{0}) {
-        for (int n = 0; n < 64; n += Math::kPair) add(n);
-    } else {
-        for (int n = 0; n < 64; n += Math::kPair) {
-            if (seen >> n & (Math::kPair == 2 ? 3 : 1)) add(n);
-        }
     }
     FASTATTN_UNROLL for (int v = 0; v < V; ++v) vstore(out + v * W, acc[v]);
 }

@@ -133,9 +133,9 @@ class Split {
                     rescale(x);
                     for (int slot = 0; slot < used; ++slot) {
                         const float* tile = reinterpret_cast<const float*>(value_rows.at(packed[slot] * 64));
-                        gemm_unpacked<Math, Store::kAdd>(x.rows, static_cast<int>(layout_.dv_vecs),
-                                                         {scores + slot * 64, kScoreRow, 1}, {0, 0, 64}, tile,
-                                                         value_rows.row, x.out, x.ldo);
+                        gemm_unpacked<Math>(x.rows, static_cast<int>(layout_.dv_vecs),
+                                            {scores + slot * 64, kScoreRow, 1}, {0, 0, 64}, tile, value_rows.row, x.out,
+                                            x.ldo);
                     }
                     continue;
                 }

@@ -128,7 +128,7 @@ def _run(call: SoftmaxCall, backend: str) -> tuple[Tensor, Tensor]:
     if needs_grad or forward_ad._current_level >= 0:
         return SoftmaxAttention.apply(q, k, v, mask, bias, rng, *params, backend)
     # The op costs as much as a small kernel; where nobody looks, its implementation is called directly.
-    if bias is None and unobserved(q, k, v):
+    if unobserved(q, k, v, mask, bias):
         with full_precision(q):
             return BACKENDS[backend].softmax_forward(q, k, v, mask, bias, rng, params)
     return softmax_forward(q, k, v, mask, bias, rng, *params, backend)
