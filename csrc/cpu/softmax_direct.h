@@ -57,25 +57,20 @@ FASTATTN_INLINE Vec direct_dots(const float* q, const char* keys, int64_t step, 
     return sum_each(sums);
 }
 
-// scores [rows][kScoreRow] of one tile. Past Lk they are 0: masked like any hidden key. Meanwhile memory is asked for
-// the keys of the next tile and, where there are enough rows for memory to wait for the products, for the values of
-// this one.
+// scores [rows][kScoreRow] of one tile. Past Lk they are 0: masked like any hidden key. Meanwhile memory is asked for 64
+// keys at `ahead`, if any.
 template <class Math>
-inline void direct_scores(const Panel& x, const Source& keys, const Source& values, int64_t tile, int64_t D, int64_t Dv,
-                          int64_t Lk, float* scores) {
+inline void direct_scores(const Panel& x, const Source& keys, const char* ahead, int64_t tile, int64_t D, int64_t Lk,
+                          float* scores) {
     const int64_t full = D / (W * Math::kPair) * W, step = keys.row * element_size(keys.dtype);
-    const int64_t value_bytes = x.rows > 2 ? Dv * element_size(values.dtype) : 0;
     for (int c = 0; c < 64; c += W) {
         const int64_t j = tile * 64 + c;
         if (j + W <= Lk) {
+            for (int n = 0; ahead && n < W; ++n) {
+                const char* row = ahead + (c + n) * step;
+                for (int64_t at = 0; at < 4 * full; at += 64) __builtin_prefetch(row + at, 0, 2);
+            }
             for (int r = 0; r < x.rows; ++r) {
-                // Each row asks for its share: all at once would fill the queue of misses, and the products wait in it.
-                for (int n = r * W / x.rows; n < (r + 1) * W / x.rows; ++n) {
-                    const char* ahead = keys.at(j + n) + 64 * step;
-                    const char* value = values.at(j + n);
-                    for (int64_t at = 0; at < 4 * full && j + 64 < Lk; at += 64) __builtin_prefetch(ahead + at, 0, 2);
-                    for (int64_t at = 0; at < value_bytes; at += 64) __builtin_prefetch(value + at, 0, 2);
-                }
                 vstore(scores + r * kScoreRow + c,
                        direct_dots<Math>(x.q + r * x.ldq, keys.at(j), step, full, keys, j, D));
             }
@@ -108,15 +103,18 @@ inline void direct_columns(const float* weights, uint64_t seen, float* out, Valu
     FASTATTN_UNROLL for (int v = 0; v < V; ++v) vstore(out + v * W, acc[v]);
 }
 
-// value(n, v) for whole vectors from column c on: keys of the tile one after another in memory at `step` bytes.
+// value(n, v) for whole vectors from column c on: keys of the tile one after another in memory at `step` bytes. With
+// each, memory is asked for the same of the tile at `ahead`.
 template <class Math, int V, class Load>
-inline void direct_block(const float* weights, uint64_t seen, float* out, const char* rows, int64_t step, int64_t c,
-                         Load&& load) {
+inline void direct_block(const float* weights, uint64_t seen, float* out, const char* rows, const char* ahead,
+                         int64_t step, int64_t c, int64_t size, Load&& load) {
     direct_columns<Math, V>(weights, seen, out, [&](int n, int v) {
         if constexpr (Math::kPair == 1) {
+            __builtin_prefetch(ahead + n * step + (c + v * W) * size, 0, 2);
             return load(rows + n * step, c + v * W);
         } else {
 #ifdef FASTATTN_HAS_BF16_DOT
+            __builtin_prefetch(ahead + (n + v % 2) * step + (c + v / 2 * 2 * W) * size, 0, 2);
             const __m256i* even = reinterpret_cast<const __m256i*>(rows + n * step + (c + v * W) * 2);
             const __m256i* odd = reinterpret_cast<const __m256i*>(rows + (n + 1) * step + (c + v * W) * 2);
             const __m256i low = seen >> n & 1 ? _mm256_loadu_si256(even) : __m256i{};
@@ -127,20 +125,22 @@ inline void direct_block(const float* weights, uint64_t seen, float* out, const 
     });
 }
 
-// out [rows][ldo] += weights * values of one tile; keys outside `seen` are not read.
+// out [rows][ldo] += weights * values of one tile; keys outside `seen` are not read. Meanwhile memory is asked for 64
+// keys at `ahead`, if any.
 template <class Math>
-inline void direct_values(const Panel& x, const float* weights, const Source& values, uint64_t seen, int64_t tile,
-                          int64_t cols) {
+inline void direct_values(const Panel& x, const float* weights, const Source& values, const char* ahead, uint64_t seen,
+                          int64_t tile, int64_t cols) {
     const char* rows = values.at(tile * 64);
-    const int64_t step = values.row * element_size(values.dtype);
+    const int64_t size = element_size(values.dtype), step = values.row * size;
+    if (!ahead) ahead = rows;
     for (int r = 0; r < x.rows; ++r) {
         const float* w = weights + r * kScoreRow;
         float* out = x.out + r * x.ldo;
         int64_t c = 0;
         with_loader(values.dtype, [&](auto load) {
-            for (; c + 8 * W <= cols; c += 8 * W) direct_block<Math, 8>(w, seen, out + c, rows, step, c, load);
-            for (; c + 4 * W <= cols; c += 4 * W) direct_block<Math, 4>(w, seen, out + c, rows, step, c, load);
-            for (; c + W <= cols; c += W) direct_block<Math, 1>(w, seen, out + c, rows, step, c, load);
+            for (; c + 8 * W <= cols; c += 8 * W) direct_block<Math, 8>(w, seen, out + c, rows, ahead, step, c, size, load);
+            for (; c + 4 * W <= cols; c += 4 * W) direct_block<Math, 4>(w, seen, out + c, rows, ahead, step, c, size, load);
+            for (; c + W <= cols; c += W) direct_block<Math, 1>(w, seen, out + c, rows, ahead, step, c, size, load);
         });
         if (c == cols) continue;
         direct_columns<Math, 1>(w, seen, out + c, [&](int n, int) {

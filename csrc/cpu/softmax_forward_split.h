@@ -4,6 +4,7 @@
 #include "fastattn/softmax.h"
 #include "softmax_direct.h"
 #include "softmax_forward_operands.h"
+#include "softmax_group.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -27,7 +28,9 @@ class Split {
           chunks_(ceil_div(p.Lk(), kChunkKeys)),
           direct_keys_(rows_ <= kDirectKeyRows && p.k.stride[3] == 1 && element_size(p.k.dtype) * Math::kPair == 4),
           direct_values_(rows_ <= kDirectValueRows && p.v.stride[3] == 1),
-          unpacked_values_(Math::kPair == 1 && p.v.dtype == DType::kFloat32 && p.v.stride[3] == 1 && p.Dv() % W == 0) {}
+          unpacked_values_(Math::kPair == 1 && p.v.dtype == DType::kFloat32 && p.v.stride[3] == 1 && p.Dv() % W == 0),
+          grouped_(direct_keys_ && rows_ > kDirectValueRows && p.D() % Math::kPair == 0 &&
+                   p.v.stride[3] == 1 && p.Dv() % kPanel == 0) {}
 
     void run() {
         const int64_t heads = p_.B() * p_.Hk(), scratch = chunk_scratch();
@@ -39,8 +42,10 @@ class Split {
         std::atomic<int64_t> next{0};
         run_team(threads, [&] {
             float* mine = blocks.as<float>() + members.fetch_add(1) * scratch;
-            for (int64_t task; (task = next.fetch_add(1)) < heads * chunks_;) {
-                attend(task / chunks_, task % chunks_, mine, partials.as<float>() + task * partial);
+            // The task after this one is taken early: its first keys are asked for during this one's last product.
+            for (int64_t task = next.fetch_add(1), after; task < heads * chunks_; task = after) {
+                after = next.fetch_add(1);
+                attend(task, after, mine, partials.as<float>() + task * partial);
             }
         });
         if (chunks_ == 1) return;
@@ -53,7 +58,7 @@ class Split {
     int64_t chunk_scratch() const {
         const int64_t keys = direct_keys_ ? 0 : kSlots * layout_.k_tile;
         const int64_t values = direct_values_ ? 0 : kGroupKeys / Math::kPair * layout_.ldo;
-        return round_up(rows_ * (layout_.ldq + layout_.ldo) + kRows * kScoreRow + keys + values + 64, 16);
+        return round_up(rows_ * (layout_.ldq + layout_.ldo) + kRows * kScoreRow + keys + values + 64 + 8 * layout_.d_units, 16);
     }
 
     void place(Panel& x, int64_t b, int64_t hk, int64_t row) const {
@@ -65,13 +70,15 @@ class Split {
         }
     }
 
-    void attend(int64_t kv_head, int64_t chunk, float* scratch, float* partial) const {
-        const int64_t b = kv_head / p_.Hk(), hk = kv_head % p_.Hk();
+    // Chunk `task % chunks` of key-value head `task / chunks`; `after` is the task that follows on this thread.
+    void attend(int64_t task, int64_t after, float* scratch, float* partial) const {
+        const int64_t chunk = task % chunks_, b = task / chunks_ / p_.Hk(), hk = task / chunks_ % p_.Hk();
         float* q = scratch;
         float* out = q + rows_ * layout_.ldq;
         float* scores = out + rows_ * layout_.ldo;
         float* keys = scores + kRows * kScoreRow;
         float* values = keys + (direct_keys_ ? 0 : kSlots * layout_.k_tile);
+        float* q_lanes = values + (direct_values_ ? 0 : kGroupKeys / Math::kPair * layout_.ldo);
         Panel panels[kDecodeRows / kRows];
         int count = 0;
         for (int64_t row = 0; row < rows_; row += kRows, ++count) {
@@ -91,6 +98,7 @@ class Split {
                 pack_rows<Math>(source_of(p_.q, b, hk * p_.group() + g), 0, p_.Lq(), p_.D(), terms_.sign, rows);
             }
         }
+        if (grouped_) pack_lanes(q, static_cast<int>(rows_), layout_.ldq, layout_.d_units, q_lanes);
         Source key_rows = key_source(p_, sight_, p_.k, b, hk), value_rows = key_source(p_, sight_, p_.v, b, hk);
         const int64_t last = least((chunk + 1) * kChunkKeys, p_.Lk());
         uint64_t seen[kSlots];
@@ -110,14 +118,20 @@ class Split {
                 pack_key_tile<Math>(p_, key_rows, packed[slot], keys + slot * layout_.k_tile);
             }
             constexpr int64_t steps = kGroupKeys / Math::kPair;
-            // Rows of whole float vectors, none hidden, are operands as they lie in memory.
-            bool unpacked = unpacked_values_ && !direct_values_;
-            for (int slot = 0; slot < used; ++slot) unpacked &= seen[slot] == ~uint64_t{0};
+            // Rows of whole vectors, none hidden, are operands as they lie in memory.
+            bool whole = true;
+            for (int slot = 0; slot < used; ++slot) whole &= seen[slot] == ~uint64_t{0};
+            const bool grouped = grouped_ && whole, unpacked = unpacked_values_ && !direct_values_ && whole;
+            if (grouped) {
+                group(panels[0], key_rows, value_rows, packed, used,
+                      ahead_of(p_.k, key_rows, j0 / 64 + kSlots - 1, last, after), q_lanes, scores);
+                continue;
+            }
             for (int n = 0; n < count; ++n) {
                 Panel& x = panels[n];
                 for (int slot = 0; slot < used && direct_keys_; ++slot) {
-                    direct_scores<Math>(x, key_rows, value_rows, packed[slot], p_.D(), p_.Dv(), p_.Lk(),
-                                        scores + slot * 64);
+                    const char* ahead = ahead_of(p_.k, key_rows, packed[slot], last, after);
+                    direct_scores<Math>(x, key_rows, ahead, packed[slot], p_.D(), p_.Lk(), scores + slot * 64);
                 }
                 if (!direct_keys_) {
                     score_tiles<Math>(x, layout_.d_units, scores,
@@ -146,8 +160,9 @@ class Split {
                 }
                 rescale(x);
                 for (int slot = 0; slot < used; ++slot) {
-                    direct_values<Math>(x, scores + slot * 64 / Math::kPair, value_rows, seen[slot], packed[slot],
-                                        p_.Dv());
+                    const char* ahead = ahead_of(p_.v, value_rows, packed[slot], last, after);
+                    direct_values<Math>(x, scores + slot * 64 / Math::kPair, value_rows, ahead, seen[slot],
+                                        packed[slot], p_.Dv());
                 }
             }
         }
@@ -164,6 +179,33 @@ class Split {
                 target[1] = x.total[r];
                 memcpy(target + 2, row, sizeof(float) * static_cast<size_t>(layout_.ldo));
             }
+        }
+    }
+
+    // The 64 keys this thread reads after `tile` of `t`: in this chunk, that ends at `last`, or in the task after it.
+    const char* ahead_of(const TensorView& t, const Source& rows, int64_t tile, int64_t last, int64_t after) const {
+        if ((tile + 1) * 64 < last) return rows.at((tile + 1) * 64);
+        const int64_t head = after / chunks_;
+        if (head >= p_.B() * p_.Hk()) return nullptr;
+        return source_of(t, head / p_.Hk(), head % p_.Hk()).at(after % chunks_ * kChunkKeys);
+    }
+
+    // A group of tiles, all keys seen, for the 3 to 8 rows of a panel. The values are asked for during the first product,
+    // the keys at `ahead` during the second.
+    void group(Panel& x, const Source& keys, const Source& values, const int64_t* tiles, int used, const char* ahead,
+               const float* q_lanes, float* scores) const {
+        const int64_t size = element_size(keys.dtype);
+        for (int slot = 0; slot < used; ++slot) {
+            Ahead tile(values.at(tiles[slot] * 64), values, 64, p_.Dv());
+            group_scores<Math>(q_lanes, x.rows, keys.at(tiles[slot] * 64), keys.row * size, layout_.d_units, tile,
+                               scores + slot * 64);
+        }
+        softmax_step<Math>(terms_, x, scores);
+        rescale(x);
+        Ahead next(ahead, keys, kGroupKeys, p_.D());
+        for (int slot = 0; slot < used; ++slot) {
+            group_values<Math>(scores + slot * 64 / Math::kPair, x.rows, values.at(tiles[slot] * 64), values.row * size,
+                               p_.Dv(), next, x.out, x.ldo);
         }
     }
 
@@ -238,7 +280,7 @@ class Split {
     const Layout<Math> layout_;
     const Sight sight_;
     const int64_t rows_, chunks_;
-    const bool direct_keys_, direct_values_, unpacked_values_;  // few rows, and memory that can be read as operands
+    const bool direct_keys_, direct_values_, unpacked_values_, grouped_;  // memory can be read as operands
 };
 
 }  // namespace

@@ -98,6 +98,16 @@ inline Vec bf16_dot(Vec a, Vec b, Vec c) {
 inline Vec narrow_bf16(Vec first, Vec second) {
     return _mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(second, first));
 }
+// 2 W columns of two rows of bf16 as units (even[c], odd[c]).
+inline void interleave_rows(const char* even, const char* odd, Vec units[2]) {
+    const __m512i low = _mm512_set_epi32(0x002f000f, 0x002e000e, 0x002d000d, 0x002c000c, 0x002b000b, 0x002a000a,
+                                         0x00290009, 0x00280008, 0x00270007, 0x00260006, 0x00250005, 0x00240004,
+                                         0x00230003, 0x00220002, 0x00210001, 0x00200000);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    const __m512i a = _mm512_loadu_si512(even), b = _mm512_loadu_si512(odd);
+    units[0] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(a, low, b));
+    units[1] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(a, high, b));
+}
 // units (even[c], odd[c]) of bf16
 inline Vec interleave_bf16(Vec even, Vec odd) {
     const __m512i lane = _mm512_set_epi32(0x001f000f, 0x001e000e, 0x001d000d, 0x001c000c, 0x001b000b, 0x001a000a,
