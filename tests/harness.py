@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from functools import lru_cache
 from typing import NamedTuple
@@ -200,6 +201,51 @@ def check_seeds(case: Case, dtype: torch.dtype, backend: str, seeds: int = 8) ->
     stacked = [Result(*(x[0] if x[0] is None else torch.stack(x) for x in zip(*results))) for results in zip(*rows)]
     compare(stacked[0], Expected(*stacked[1:]), dtype)
     return rows[0][0]
+
+
+# Error of a gradient in eps of its dtype, relative to the sum of its terms' absolute values. fp32: the log2 of the sum of
+# a thousand weights, 10, and the exponent made of it are rounded; the halves round P, dS, out and the result, by eps / 2.
+EXACT_ERROR = {FP32: 8.0, FP16: 2.0, BF16: 2.0}
+
+
+def check_exact(inputs: Inputs, case: Case, backend: str) -> Result:
+    """Every gradient against fp64 where scores are exact, however large: no allowance for the size of a logit."""
+    exact = cast(inputs, FP64)
+    result, golden = (attend(x, name, **case.options()) for x, name in ((inputs, backend), (exact, "reference")))
+    identity = torch.eye(inputs.k.shape[2], dtype=FP64, device=DEVICE).expand(*inputs.k.shape[:3], -1)
+    p = attend(exact._replace(v=identity), "reference", grad=False, **case.options()).out  # [B, Hq, Lq, Lk]
+    q, k, v, bias, dout, dlse = (None if x is None else x.abs() for x in (*exact[:3], *exact[4:]))
+    dp = dout @ _repeated(v, q).mT
+    ds = p * (dp + (p * dp).sum(-1, keepdim=True) + dlse[..., None])
+    scale, groups = abs(_scale_and_band(inputs, case)[0]), (q.shape[0], k.shape[1], -1)
+    sizes = {
+        "dq": scale * ds @ _repeated(k, q),
+        "dk": (scale * ds.mT @ q).view(*groups, *k.shape[2:]).sum(2),
+        "dv": (p.mT @ dout).view(*groups, *v.shape[2:]).sum(2),
+        "dbias": None if bias is None else ds.sum_to_size((1,) * (4 - bias.dim()) + bias.shape).view(bias.shape),
+    }
+    for name, size in sizes.items():
+        if size is not None:
+            error = (getattr(result, name).double() - getattr(golden, name)).abs()
+            limit = EXACT_ERROR[inputs.q.dtype] * torch.finfo(inputs.q.dtype).eps * size.amax(-1, keepdim=True)
+            assert (error <= limit).all(), (name, float((error / limit).max()))
+    torch.testing.assert_close(result.lse.double(), golden.lse, rtol=4 * torch.finfo(FP32).eps, atol=HALF_LSE)
+    return result
+
+
+def tied_scores(case: Case, dtype: torch.dtype, root: float) -> Inputs:
+    """q . k is exactly +-root^2 + 0, 1, 2 or 3 (root a power of two), or, for every third key and 512 in a row, far below.
+
+    The logits of the others tie, or differ by small multiples of the scale that the size of q . k must not swallow.
+    """
+    inputs = make(case, dtype, device=DEVICE)
+    q, k = torch.zeros_like(inputs.q), torch.zeros_like(inputs.k)
+    j, sign = torch.arange(case.Lk, device=DEVICE), math.copysign(1, case.scale or 1)
+    far = (j % 3 == 1) | ((j >= 512) & (j < 1024))
+    q[..., 0], q[..., 1] = abs(root), 1
+    k[..., 0] = (root - abs(root) * far).to(dtype) * sign
+    k[..., 1] = j % 4
+    return inputs._replace(q=q, k=k)
 
 
 def assert_equal(a: Result, b: Result, what: str) -> None:

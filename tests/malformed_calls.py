@@ -13,7 +13,7 @@ from fastattn.params import SoftmaxParams
 NAN = float("nan")
 Q, K, V = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 7, 8), torch.zeros(2, 2, 7, 8)
 MASK, BIAS = torch.ones(2, 4, 5, 7, dtype=torch.bool), torch.zeros(2, 4, 5, 7)
-OUT, LSE = torch.zeros(2, 4, 5, 8), torch.zeros(2, 4, 5)
+OUT, LSE, PARTS = torch.zeros(2, 4, 5, 8), torch.zeros(2, 4, 5), torch.zeros(2, 4, 5, 2)
 RNG = torch.tensor([1, 2])
 NESTED = torch.nested.nested_tensor([torch.zeros(4, 5, 8), torch.zeros(4, 6, 8)])
 CALLS = {}
@@ -102,15 +102,17 @@ PARAMS = dict(SoftmaxParams(0.3)._asdict())
 
 
 def forward_op(backend, q=Q, k=K, v=V, mask=None, bias=None, rng=None, **params):
-    return torch.ops.fastattn.softmax_forward(q, k, v, mask, bias, rng, *{**PARAMS, **params}.values(), backend)
+    return torch.ops.fastattn.softmax_forward(q, k, v, mask, bias, rng, *{**PARAMS, **params}.values(), True, backend)
 
 
 def backward_op(
-    backend, dout=OUT, dlse=None, q=Q, k=K, v=V, mask=None, bias=None, rng=None, out=OUT, lse=LSE, **params
+    backend, dout=OUT, dlse=None, q=Q, k=K, v=V, mask=None, bias=None, rng=None, out=OUT, parts=PARTS, **params
 ):
     needs = params.pop("needs", [True, True, True, bias is not None])
     values = {**PARAMS, **params}.values()
-    return torch.ops.fastattn.softmax_backward(dout, dlse, q, k, v, mask, bias, rng, out, lse, *values, needs, backend)
+    return torch.ops.fastattn.softmax_backward(
+        dout, dlse, q, k, v, mask, bias, rng, out, parts, *values, needs, backend
+    )
 
 
 SHAPES = {
@@ -119,7 +121,7 @@ SHAPES = {
     "mask_shape": {"mask": MASK[..., :6]}, "mask_batch": {"mask": torch.ones(3, 1, 1, 7, dtype=torch.bool)}, "bias_shape": {"bias": BIAS[..., :6]},
 }  # fmt: skip
 BACKWARD_SHAPES = {
-    "dout_shape": {"dout": OUT[:, :, :4]}, "dout_head_dim": {"dout": OUT[..., :4]}, "lse_shape": {"lse": LSE[:, :, :4]},
+    "dout_shape": {"dout": OUT[:, :, :4]}, "dout_head_dim": {"dout": OUT[..., :4]}, "parts_shape": {"parts": PARTS[:, :, :4]},
     "dlse_shape": {"dlse": LSE[:1, :, :3]}, "out_shape": {"out": OUT[:, :2]}, "head_dim": {"k": K[..., :4]},
     "needs_short": {"needs": [True]}, "needs_bias_without_bias": {"needs": [True, True, True, True]},
 }  # fmt: skip
@@ -133,13 +135,16 @@ for b, table in (("eager", SHAPES), ("native", SHAPES | RAW)):
 expect("", op_unknown_backend=lambda: forward_op("cudnn"))
 expect("", op_missing_arguments=lambda: torch.ops.fastattn.softmax_forward(Q, K, V))
 expect(
-    "", op_wrong_types=lambda: torch.ops.fastattn.softmax_forward(1, 2, 3, None, None, None, *PARAMS.values(), "eager")
+    "",
+    op_wrong_types=lambda: torch.ops.fastattn.softmax_forward(
+        1, 2, 3, None, None, None, *PARAMS.values(), True, "eager"
+    ),
 )
 
 # fastattn._C: reads raw pointers, so it checks everything itself and names what is wrong.
-FORWARD = {"q": Q, "k": K, "v": V, "mask": None, "bias": None, "rng": None, "out": OUT, "lse": LSE,
+FORWARD = {"q": Q, "k": K, "v": V, "mask": None, "bias": None, "rng": None, "out": OUT, "lse": LSE, "parts": PARTS,
            "scale": 0.3, "lo": None, "hi": None, "dropout_p": 0.0, "threads": 1}  # fmt: skip
-BACKWARD = {"dout": OUT, "dlse": None, "q": Q, "k": K, "v": V, "mask": None, "bias": None, "rng": None, "out": OUT, "lse": LSE,
+BACKWARD = {"dout": OUT, "dlse": None, "q": Q, "k": K, "v": V, "mask": None, "bias": None, "rng": None, "out": OUT, "parts": PARTS,
             "dq": torch.zeros(2, 4, 5, 8), "dk": torch.zeros(2, 2, 7, 8), "dv": torch.zeros(2, 2, 7, 8), "dbias": None,
             "scale": 0.3, "lo": None, "hi": None, "dropout_p": 0.0, "threads": 1}  # fmt: skip
 
@@ -169,7 +174,8 @@ c_calls("c", c_forward, {
     "bias_dtype": {"bias": BIAS.double()}, "rng_missing": {"dropout_p": 0.5}, "rng_dtype": {"dropout_p": 0.5, "rng": RNG.float()},
     "rng_short": {"dropout_p": 0.5, "rng": RNG[:1]}, "rng_meta": {"dropout_p": 0.5, "rng": RNG.to("meta")},
     "out_shape": {"out": OUT[:, :, :4]}, "out_dtype": {"out": OUT.half()}, "out_none": {"out": None}, "out_expanded": {"out": OUT[:1, :1, :1].expand(2, 4, 5, 8)},
-    "out_is_q": {"out": Q}, "lse_shape": {"lse": LSE[:, :, :4]}, "lse_dtype": {"lse": LSE.double()}, "lse_none": {"lse": None},
+    "out_is_q": {"out": Q}, "lse_shape": {"lse": LSE[:, :, :4]}, "lse_dtype": {"lse": LSE.double()}, "lse_none": {"lse": None}, "parts_shape": {"parts": PARTS[..., :1]},
+    "parts_dtype": {"parts": PARTS.double()}, "parts_strided": {"parts": PARTS.mT.contiguous().mT},
     "p_high": {"dropout_p": 1.5, "rng": RNG}, "p_nan": {"dropout_p": NAN, "rng": RNG}, "p_negative": {"dropout_p": -0.5, "rng": RNG},
     "scale_nan": {"scale": NAN}, "scale_str": {"scale": "1"}, "lo_str": {"lo": "1"}, "lo_huge": {"lo": 2**70}, "threads_zero": {"threads": 0},
     "threads_negative": {"threads": -3}, "threads_none": {"threads": None}, "conjugate": {"q": torch.zeros(2, 4, 5, 8, dtype=torch.complex64).conj()},
@@ -177,7 +183,7 @@ c_calls("c", c_forward, {
 })  # fmt: skip
 c_calls("c_backward", c_backward, {
     "dout_none": {"dout": None}, "dout_shape": {"dout": OUT[..., :4]}, "dout_dtype": {"dout": OUT.double()}, "dlse_shape": {"dlse": LSE[:1]},
-    "dlse_dtype": {"dlse": LSE.half()}, "lse_short": {"lse": LSE[..., :4]}, "out_shape": {"out": OUT[:1]}, "dq_shape": {"dq": OUT[:, :2]},
+    "dlse_dtype": {"dlse": LSE.half()}, "parts_short": {"parts": PARTS[:, :, :4]}, "parts_none": {"parts": None}, "out_shape": {"out": OUT[:1]}, "dq_shape": {"dq": OUT[:, :2]},
     "dk_shape": {"dk": torch.zeros(2, 4, 7, 8)}, "dv_dtype": {"dv": V.half()}, "dbias_without_bias": {"dbias": BIAS},
     "dbias_shape": {"bias": BIAS, "dbias": BIAS[:1]}, "dbias_dtype": {"bias": BIAS, "dbias": BIAS.half()}, "dq_is_q": {"dq": Q},
     "dk_is_dv": {"dk": K.clone(), "dv": None} | {"dk": (shared := torch.zeros(2, 2, 7, 8)), "dv": shared},

@@ -123,14 +123,16 @@ def test_opcheck(case, backend):
     tensors, options = op_arguments(backend, **case)
     need(backend, make(Case(), case.get("dtype", FP32)))
     tensors = tuple(x if x is None else x.detach() for x in tensors)
-    torch.library.opcheck(torch.ops.fastattn.softmax_forward.default, tensors + options, test_utils=UTILS)
-    out, lse = torch.ops.fastattn.softmax_forward(*tensors, *options)
-    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
     *params, _ = options
+    for with_parts in (False, True):
+        arguments = (*tensors, *params, with_parts, backend)
+        torch.library.opcheck(torch.ops.fastattn.softmax_forward.default, arguments, test_utils=UTILS)
+    out, lse, parts = torch.ops.fastattn.softmax_forward(*arguments)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
     for needs in ([True, True, True, tensors[4] is not None], [False, True, False, False]):
-        arguments = (dout, dlse, *tensors, out, lse, *params, needs, backend)
+        arguments = (dout, dlse, *tensors, out, parts, *params, needs, backend)
         torch.library.opcheck(torch.ops.fastattn.softmax_backward.default, arguments, test_utils=UTILS)
-    arguments = (dout, None, *tensors, out, lse, *params, [True, True, True, False], backend)
+    arguments = (dout, None, *tensors, out, parts, *params, [True, True, True, False], backend)
     torch.library.opcheck(torch.ops.fastattn.softmax_backward.default, arguments, test_utils=UTILS)
 
 

@@ -109,22 +109,25 @@ def test_whole_blocks_hidden_in_the_middle_of_a_row(dtype, backend):
     check_inputs(inputs._replace(bias=inputs.bias.masked_fill(hidden.to(DEVICE), -torch.inf)), case, backend)
 
 
+@pytest.mark.parametrize("with_parts", [False, True])
 @pytest.mark.parametrize("Lq", (1, 3, 40))
-def test_native_writes_its_outputs_and_nothing_else(Lq):
+def test_native_writes_its_outputs_and_nothing_else(Lq, with_parts):
     """FlagGems#5235: the combine step of split keys wrote out of bounds for [B, L, H, D] results."""
     case = Case(B=2, Hq=4, Hk=2, Lq=Lq, Lk=1200, D=24, Dv=17)
     inputs = make(case, FP32)
     need("native", inputs)
     from fastattn import _C
 
-    expected = attend(inputs, "native", grad=False)
+    expected = attend(inputs, "native", grad=with_parts)
     frame = torch.full((2 * 4 * Lq * 17 + 256,), 7.0)
     out = frame[128:-128].view(2, Lq, 4, 17).transpose(1, 2)
     lse_frame = torch.full((2 * 4 * Lq + 256,), 7.0)
     lse = lse_frame[128:-128].view(2, 4, Lq)
-    _C.softmax_forward(*inputs[:3], None, None, None, out, lse, 24**-0.5, None, None, 0.0, 2)
+    parts_frame = torch.full((2 * 2 * 4 * Lq + 256,), 7.0)
+    parts = parts_frame[128:-128].view(2, 4, Lq, 2) if with_parts else None
+    _C.softmax_forward(*inputs[:3], None, None, None, out, lse, parts, 24**-0.5, None, None, 0.0, 2)
     assert torch.equal(out, expected.out) and torch.equal(lse, expected.lse)
-    for guard in (frame, lse_frame):
+    for guard in (frame, lse_frame, parts_frame):
         assert (guard[:128] == 7).all() and (guard[-128:] == 7).all()
 
 

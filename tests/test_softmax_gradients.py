@@ -20,6 +20,7 @@ from harness import (
 )
 
 import fastattn
+from fastattn.dispatch import BACKENDS
 from fastattn.testing import Case, cast, make, max_error, relayout
 
 FULL = Case(Hk=2, Lq=40, Lk=70, D=24, Dv=16, causal=True, mask="b11k", bias="1h1k")
@@ -198,12 +199,15 @@ def test_gradients_by_finite_differences(backend):
 
 
 @all_backends
-def test_no_grad_and_inference_mode_save_nothing(backend):
+def test_no_grad_and_inference_mode_save_nothing(backend, monkeypatch):
     inputs = make(Case(), FP32, device=DEVICE)
     need(backend, inputs)
+    forward, with_parts = BACKENDS[backend].softmax_forward, []
+    monkeypatch.setattr(BACKENDS[backend], "softmax_forward", lambda *a: with_parts.append(a[-1]) or forward(*a))
     q = inputs.q.clone().requires_grad_()
     with torch.no_grad():
         assert not fastattn.attention(q, *inputs[1:3], backend=backend).requires_grad
     with torch.inference_mode():
         out = fastattn.attention(q, *inputs[1:3], backend=backend)
     assert torch.equal(out, fastattn.attention(q, *inputs[1:3], backend=backend).detach())
+    assert with_parts == ([] if backend == "reference" else [False, False, True])

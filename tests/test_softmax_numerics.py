@@ -14,13 +14,15 @@ from harness import (
     all_dtypes,
     assert_equal,
     attend,
+    check_exact,
     check_inputs,
     need,
     problem,
+    tied_scores,
 )
 
 import fastattn
-from fastattn.testing import RMS_LIMIT, Case, cast, make, max_error, rms_ratio
+from fastattn.testing import RMS_LIMIT, Case, cast, make, max_error, rms_ratio, variants
 
 TAILS = (1, 2, 15, 16, 17, 63, 64, 65, 100, 127, 128, 129, 192, 193)
 
@@ -51,22 +53,51 @@ def test_equal_logits_of_any_size_average_the_values(value, dtype, backend):
         case = Case(B=1, Hq=2, Hk=2, Lq=L, Lk=L, D=8, scale=1.0, causal=True)
         inputs = constant_logits(case, dtype, value)
         need(backend, inputs, **case.options())
-        result = attend(inputs, backend, **case.options())
-        if backend == "reference" and dtype == FP16 and value == -2.45e5:
-            pytest.skip("the reference forms logits in fp16, where -2.45e5 is -inf")
-        count = torch.arange(1, L + 1, device=DEVICE)[:, None]
-        mean = inputs.v.double().cumsum(2) / count
+        result = check_exact(inputs, case, backend)
+        mean = inputs.v.double().cumsum(2) / torch.arange(1, L + 1, device=DEVICE)[:, None]
         assert max_error(result.out, mean) < {FP32: 5e-6, FP16: 2e-3, BF16: 2e-2}[dtype], L
-        for gradient in (result.dq, result.dk, result.dv):
-            assert gradient.isfinite().all(), L
-        weights = torch.tril(torch.ones(L, L, dtype=FP64, device=DEVICE)) / count
-        dv = weights.T @ inputs.dout.double()
-        # P = exp(z - lse) is known to one ulp of the fp32 lse: all of it at 1e30, where only P <= 1 is left.
-        ulp = min(1.0, math.ulp(abs(value)) * 2**29)
-        most = inputs.dout.double().abs().sum(2, keepdim=True)
-        assert (result.dv.double().abs() <= most * 1.01).all(), L
-        error = max_error(result.dv / most, dv / most)
-        assert error < {FP32: 1e-6, FP16: 2e-3, BF16: 1e-2}[dtype] + ulp, L
+
+
+# Scores are exact; logits only where no scale rounds them before a bias is added.
+TIED = [
+    *variants(Case(B=1, Hq=2, Hk=2, Lq=70, Lk=200, D=8, causal=True), scale=(1.0, 0.3, -0.3)),
+    *variants(Case(B=1, Hq=4, Hk=2, Lq=70, Lk=150, D=8, mask="1h1k", window=(90, 40)), scale=(1.0, 0.3)),
+    *variants(Case(B=2, Hq=4, Hk=2, Lq=1, Lk=1100, D=8), scale=(1.0, 0.3, -0.3)),
+    *variants(Case(B=1, Hq=8, Hk=1, Lq=3, Lk=1100, D=8), scale=(1.0, 0.3)),
+    *variants(Case(B=1, Hq=4, Hk=2, Lq=20, Lk=130, D=8, bias="1hqk"), scale=(1.0, -0.5)),
+    Case(B=2, Hq=2, Hk=1, Lq=33, Lk=70, D=8, mask="k", bias="b1q1", scale=1.0),
+    Case(B=1, Hq=2, Hk=2, Lq=1, Lk=1100, D=8, bias="k", scale=-0.5),
+]
+
+
+@all_backends
+@all_dtypes
+@pytest.mark.parametrize("case", TIED, ids=str)
+def test_ties_among_large_logits(case, dtype, backend):
+    """Weights of keys that tie or nearly tie at +-2.6e5 or +-1.3e30, in tiles and split keys: gradients as of small logits."""
+    if backend == "reference" and abs(case.scale) == 0.3:
+        pytest.skip("the reference rounds scaled scores before it takes differences")
+    for root in (512.0, -512.0, 2.0**50, -(2.0**50)):
+        if dtype == FP16 and abs(root) > 6e4:
+            continue
+        inputs = tied_scores(case, dtype, root)
+        if inputs.bias is not None:
+            inputs = inputs._replace(bias=(inputs.bias * 32).round() / 32)
+        need(backend, inputs, **case.options())
+        check_exact(inputs, case, backend)
+
+
+@all_backends
+@pytest.mark.parametrize("dtype", (FP32, BF16), ids=("float32", "bfloat16"))
+@pytest.mark.parametrize("size", (1e5, 1e10, 1e30))
+def test_backward_has_the_scores_of_the_forward(size, dtype, backend):
+    """Random logits of any size: summed in another order in backward, a score is off by many units: weights of 0 or inf."""
+    for Lq, Hq in ((1, 1), (1, 4), (4, 2), (40, 1)):
+        case = Case(B=1, Hq=Hq, Hk=1, Lq=Lq, Lk=300, D=64, scale=1.0)
+        inputs = make(case, dtype, device=DEVICE)
+        inputs = inputs._replace(q=inputs.q * math.sqrt(size), k=inputs.k * math.sqrt(size))
+        need(backend, inputs, **case.options())
+        check_exact(inputs, case, backend)
 
 
 @all_backends

@@ -71,7 +71,8 @@ def launches(case: Case) -> list[Launch]:
     """The launches of one forward and backward call on `case.arch`, recorded instead of run."""
     B, H, L, D, dtype = 2, 4, 512, case.D, getattr(torch, case.dtype)
     q, k = torch.zeros(B, H, case.Lq, D, dtype=dtype), torch.zeros(B, H // case.group, L, D, dtype=dtype)
-    lse, rng = torch.zeros(B, H, case.Lq), torch.zeros(2, dtype=torch.int64) if case.dropout_p else None
+    lse, parts = torch.zeros(B, H, case.Lq), torch.zeros(B, H, case.Lq, 2)
+    rng = torch.zeros(2, dtype=torch.int64) if case.dropout_p else None
     mask = torch.ones(B, H, case.Lq, L, dtype=torch.bool) if case.mask else None
     shapes = {"full": (B, H, case.Lq, L), "heads": (1, H, case.Lq, L), "keys": (1, H, 1, L)}
     bias = torch.zeros(shapes[case.bias], dtype=dtype) if case.bias else None
@@ -83,9 +84,9 @@ def launches(case: Case) -> list[Launch]:
 
     for module in (forward, backward):
         module.launch, module.arch_of = record, lambda x: case.arch  # type: ignore[attr-defined]
-    forward.forward(q, k, k, mask, bias, rng, torch.empty_like(q), lse, params)
+    forward.forward(q, k, k, mask, bias, rng, torch.empty_like(q), lse, parts, params)
     backward.backward(
-        q, lse, q, k, k, mask, bias, rng, q, lse, params, torch.empty_like(q), torch.empty_like(k), torch.empty_like(k),
+        q, lse, q, k, k, mask, bias, rng, q, parts, params, torch.empty_like(q), torch.empty_like(k), torch.empty_like(k),
         None if bias is None else torch.empty_like(bias),
     )  # fmt: skip
     return found

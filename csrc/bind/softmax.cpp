@@ -64,17 +64,17 @@ void refuse_overlap(const TensorView& t, const char* name, std::initializer_list
     }
 }
 
-float* lse_data(const TensorView& t, const char* name, const SoftmaxParams& p) {
+// The values of a dense float32 tensor; null stays null.
+float* floats(const TensorView& t, const char* name, const int64_t (&sizes)[4]) {
     if (!t) return nullptr;
-    expect(t, name, {1, p.B(), p.Hq(), p.Lq()});
+    expect(t, name, sizes);
     if (t.dtype != DType::kFloat32) refuse(std::string(name) + " must be float32");
     refuse_unless_contiguous(t, name);
     return reinterpret_cast<float*>(t.data);
 }
 
 SoftmaxParams params(py::handle q, py::handle k, py::handle v, py::handle mask, py::handle bias, py::handle rng,
-                     py::handle out, py::handle lse, double scale, py::handle lo, py::handle hi, double dropout_p,
-                     int threads) {
+                     py::handle out, double scale, py::handle lo, py::handle hi, double dropout_p, int threads) {
     SoftmaxParams p{};
     p.q = view_of(q, "q", 4);
     p.k = view_of(k, "k", 4);
@@ -103,9 +103,7 @@ SoftmaxParams params(py::handle q, py::handle k, py::handle v, py::handle mask, 
         if (p.bias.dtype != p.q.dtype && p.bias.dtype != DType::kFloat32)
             refuse("bias must be float32 or the dtype of q");
     }
-    const TensorView lse_view = view_of(lse, "lse", 3);
-    p.lse = lse_data(lse_view, "lse", p);
-    refuse_overlap(p.out, "out", {&p.q, &p.k, &p.v, &p.mask, &p.bias, &lse_view});
+    refuse_overlap(p.out, "out", {&p.q, &p.k, &p.v, &p.mask, &p.bias});
     if (!std::isfinite(scale)) refuse("scale must be finite");
     if (!(dropout_p >= 0.0 && dropout_p <= 1.0)) refuse("dropout_p must be in [0, 1]");
     p.scale = scale;
@@ -125,17 +123,23 @@ SoftmaxParams params(py::handle q, py::handle k, py::handle v, py::handle mask, 
 }
 
 void forward(py::handle q, py::handle k, py::handle v, py::handle mask, py::handle bias, py::handle rng, py::handle out,
-             py::handle lse, double scale, py::handle lo, py::handle hi, double dropout_p, int threads) {
-    const SoftmaxParams p = params(q, k, v, mask, bias, rng, out, lse, scale, lo, hi, dropout_p, threads);
+             py::handle lse, py::handle lse_parts, double scale, py::handle lo, py::handle hi, double dropout_p,
+             int threads) {
+    SoftmaxParams p = params(q, k, v, mask, bias, rng, out, scale, lo, hi, dropout_p, threads);
+    const TensorView whole = view_of(lse, "lse", 3), parts = view_of(lse_parts, "lse_parts", 4, true);
+    p.lse = floats(whole, "lse", {1, p.B(), p.Hq(), p.Lq()});
+    p.lse_parts = floats(parts, "lse_parts", {p.B(), p.Hq(), p.Lq(), 2});
+    refuse_overlap(p.out, "out", {&whole, &parts});
     const py::gil_scoped_release released;
     softmax_forward(p);
 }
 
 void backward(py::handle dout, py::handle dlse, py::handle q, py::handle k, py::handle v, py::handle mask,
-              py::handle bias, py::handle rng, py::handle out, py::handle lse, py::handle dq, py::handle dk,
+              py::handle bias, py::handle rng, py::handle out, py::handle lse_parts, py::handle dq, py::handle dk,
               py::handle dv, py::handle dbias, double scale, py::handle lo, py::handle hi, double dropout_p,
               int threads) {
-    const SoftmaxParams p = params(q, k, v, mask, bias, rng, out, lse, scale, lo, hi, dropout_p, threads);
+    SoftmaxParams p = params(q, k, v, mask, bias, rng, out, scale, lo, hi, dropout_p, threads);
+    p.lse_parts = floats(view_of(lse_parts, "lse_parts", 4), "lse_parts", {p.B(), p.Hq(), p.Lq(), 2});
     SoftmaxGradients g{};
     g.dout = view_of(dout, "dout", 4);
     g.dq = view_of(dq, "dq", 4, true);
@@ -145,7 +149,7 @@ void backward(py::handle dout, py::handle dlse, py::handle q, py::handle k, py::
     py::object dense;
     if (!dlse.is_none()) {
         dense = dlse.attr("contiguous")();
-        g.dlse = lse_data(view_of(dense, "dlse", 3), "dlse", p);
+        g.dlse = floats(view_of(dense, "dlse", 3), "dlse", {1, p.B(), p.Hq(), p.Lq()});
     }
     expect(g.dout, "dout", {p.B(), p.Hq(), p.Lq(), p.Dv()});
     if (g.dout.dtype != p.q.dtype) refuse("dout must have the dtype of q");
@@ -175,12 +179,13 @@ void backward(py::handle dout, py::handle dlse, py::handle q, py::handle k, py::
 }  // namespace
 
 void register_softmax(py::module_& m) {
-    m.def("softmax_forward", &forward,
-          "softmax_forward(q, k, v, mask, bias, rng, out, lse, scale, lo, hi, dropout_p, threads): fills out and lse");
     m.def(
-        "softmax_backward", &backward,
-        "softmax_backward(dout, dlse, q, k, v, mask, bias, rng, out, lse, dq, dk, dv, dbias, scale, lo, hi, dropout_p, "
-        "threads): fills the gradients that are not None");
+        "softmax_forward", &forward,
+        "softmax_forward(q, k, v, mask, bias, rng, out, lse, lse_parts, scale, lo, hi, dropout_p, threads): fills out, "
+        "lse and, if not None, lse_parts");
+    m.def("softmax_backward", &backward,
+          "softmax_backward(dout, dlse, q, k, v, mask, bias, rng, out, lse_parts, dq, dk, dv, dbias, scale, lo, hi, "
+          "dropout_p, threads): fills the gradients that are not None");
     m.def(
         "is_decode", [](int64_t Lq, int64_t group, int64_t Lk) { return is_decode(Lq, group, Lk); },
         "whether the keys are split instead of the queries");

@@ -44,12 +44,14 @@ class Backward {
           dropout_(p),
           bias_(p, g.dbias),
           scale_(static_cast<float>(p.scale)),
+          factor_(p.bias ? kLog2e : scale_ * kLog2e),
           rows_(sizes_.q_blocks * Sizes::kQueries),
           words_(ceil_div(p.Lq(), 64)),
           dq_in_place_(g.dq && g.dq.dtype == DType::kFloat32 && g.dq.stride[3] == 1 && p.D() % W == 0),
           needs_ds_(g.dq || g.dk || g.dbias),
           in_turn_(g.dq || bias_.by_row()),
-          lse_(p.B() * p.Hq() * rows_ * 4),
+          top_(p.B() * p.Hq() * rows_ * 4),
+          tail_(p.B() * p.Hq() * rows_ * 4),
           delta_(p.B() * p.Hq() * rows_ * 4),
           live_(p.B() * p.Hq() * words_ * 8),
           turn_(p.B() * p.Hq() * sizes_.q_blocks * 8),
@@ -112,20 +114,23 @@ class Backward {
         return s;
     }
 
-    // lse, delta = rowsum(dO * O) - dlse and which rows see anything; dead and missing rows get lse = inf: no weight.
+    // The parts of lse, the log in base 2; delta = rowsum(dO * O) - dlse; rows that see nothing get no weight.
     void prepare(int64_t head, int64_t m) const {
         const Queries x = queries(head / p_.Hq(), head % p_.Hq(), m);
-        float* lse = lse_.as<float>() + head * rows_ + x.i0;
+        float* top = top_.as<float>() + head * rows_ + x.i0;
+        float* tail = tail_.as<float>() + head * rows_ + x.i0;
         float* delta = delta_.as<float>() + head * rows_ + x.i0;
         uint64_t* live = live_.as<uint64_t>() + head * words_ + x.i0 / 64;
         for (int64_t w = 0; w * 64 < x.rows; ++w) live[w] = 0;
         const Source out = source_of(p_.out, x.b, x.h), dout = source_of(g_.dout, x.b, x.h);
         for (int r = 0; r < Sizes::kQueries; ++r) {
             const int64_t at = head * p_.Lq() + x.i0 + r;
-            lse[r] = kInfinity;
-            delta[r] = 0.0f;
-            if (r >= x.rows || p_.lse[at] == -kInfinity) continue;
-            lse[r] = p_.lse[at];
+            const float log_total = r < x.rows ? p_.lse_parts[2 * at + 1] : -kInfinity;
+            top[r] = delta[r] = 0.0f;
+            tail[r] = -kInfinity;
+            if (log_total == -kInfinity) continue;
+            top[r] = p_.lse_parts[2 * at];
+            tail[r] = -log_total * kLog2e;
             live[r / 64] |= uint64_t{1} << r % 64;
             Vec sum = vzero();
             for (int64_t c = 0; c < p_.Dv(); c += W) {
@@ -264,7 +269,8 @@ class Backward {
                float* row_sums) const {
         Strip s;
         const int64_t head = (q.b * p_.Hq() + q.h) * rows_ + q.i0 + r0, j0 = n * sizes_.keys + panel * kPanel;
-        s.lse = lse_.as<float>() + head;
+        s.top = top_.as<float>() + head;
+        s.tail = tail_.as<float>() + head;
         s.delta = delta_.as<float>() + head;
         s.visible = x.visible + r0;
         s.keep = x.keep + r0;
@@ -293,18 +299,14 @@ class Backward {
             memset(s.dweights + rows * kPanel, 0, sizeof(float) * kPanel);
             x.visible[r0 + rows] = x.keep[r0 + rows] = 0;
         }
-        float scale = scale_;
-        if (p_.bias) {
-            add_bias(p_, q.b, q.h, q.i0 + r0, j0, rows, scale_, s.shift, s.scores, x.visible + r0);
-            scale = 1.0f;
-        }
+        if (p_.bias) add_bias(p_, q.b, q.h, q.i0 + r0, j0, rows, scale_, s.shift, s.scores, x.visible + r0);
         const bool keep_sums = bias_.wanted();
         if (p_.dropout_p > 0) {
-            masked ? weigh<Math, true, true>(s, rows, scale, dropout_.factor, keep_sums)
-                   : weigh<Math, false, true>(s, rows, scale, dropout_.factor, keep_sums);
+            masked ? weigh<Math, true, true>(s, rows, factor_, dropout_.factor, keep_sums)
+                   : weigh<Math, false, true>(s, rows, factor_, dropout_.factor, keep_sums);
         } else {
-            masked ? weigh<Math, true, false>(s, rows, scale, 1.0f, keep_sums)
-                   : weigh<Math, false, false>(s, rows, scale, 1.0f, keep_sums);
+            masked ? weigh<Math, true, false>(s, rows, factor_, 1.0f, keep_sums)
+                   : weigh<Math, false, false>(s, rows, factor_, 1.0f, keep_sums);
         }
         if (keep_sums) bias_.add(q.b, q.h, q.i0 + r0, j0, rows, s.dweights, row_sums + r0);
     }
@@ -370,10 +372,10 @@ class Backward {
     const BackwardSight sight_;
     const Dropout dropout_;
     const BiasGradient bias_;
-    const float scale_;
+    const float scale_, factor_;  // factor: of a score or, with bias, of a logit in the exponent of 2
     const int64_t rows_, words_;  // of a head: query rows in whole blocks, words of their bits
     const bool dq_in_place_, needs_ds_, in_turn_;
-    const Scratch lse_, delta_, live_, turn_, dq_;
+    const Scratch top_, tail_, delta_, live_, turn_, dq_;
 };
 
 }  // namespace

@@ -188,27 +188,28 @@ class BackwardSight {
 
 // Rows of S and dP that become P and dS.
 struct Strip {
-    float *scores, *dweights;        // [rows][kPanel]; dweights receives dS where it is not the output itself
-    const float *lse, *delta;        // [rows]
-    const uint64_t *visible, *keep;  // [rows]
-    int shift;                       // the panel's first key in those words
-    float *weights, *dscores;        // units along queries
-    float* dscores_by_key;           // units along keys
+    float *scores, *dweights;         // [rows][kPanel]; dweights receives dS where it is not the output itself
+    const float *top, *tail, *delta;  // [rows]
+    const uint64_t *visible, *keep;   // [rows]
+    int shift;                        // the panel's first key in those words
+    float *weights, *dscores;         // units along queries
+    float* dscores_by_key;            // units along keys
 };
 
-// P = exp(s * scale - lse), dS = P (dP - delta); both 0 where hidden. Dropout keeps some weights, times keep_factor.
+// P = 2^((s - top) * factor + tail), dS = P (dP - delta); both 0 where hidden. Dropout keeps some weights, times
+// keep_factor.
 template <class Math, bool kMasked, bool kDropout>
-inline void weigh(const Strip& x, int rows, float scale, float keep_factor, bool keep_sums) {
-    const Vec scales = vset(scale), factor = vset(keep_factor), log2e = vset(kLog2e);
+inline void weigh(const Strip& x, int rows, float factor, float keep_factor, bool keep_sums) {
+    const Vec factors = vset(factor), keep_factors = vset(keep_factor);
     const auto term = [&](int r, int v, Vec& p, Vec& ds) {
         const int at = r * kPanel + v * W;
-        const Vec z = vmul(vload(x.scores + at), scales);
-        p = exp2_nonpositive<Math::kFastExp>(vmul(vsub(z, vset(x.lse[r])), log2e));
+        const Vec below = vsub(vload(x.scores + at), vset(x.top[r]));
+        p = exp2_nonpositive<Math::kFastExp>(vfma(below, factors, vset(x.tail[r])));
         Vec dp = vload(x.dweights + at), kept = p;
         if (kDropout) {
             const uint32_t keep = static_cast<uint32_t>(x.keep[r] >> (x.shift + v * W));
-            dp = vselect(keep, vmul(dp, factor), vzero());
-            kept = vselect(keep, vmul(p, factor), vzero());
+            dp = vselect(keep, vmul(dp, keep_factors), vzero());
+            kept = vselect(keep, vmul(p, keep_factors), vzero());
         }
         ds = vmul(p, vsub(dp, vset(x.delta[r])));
         p = kept;

@@ -26,7 +26,9 @@ class Split {
           sight_(p, 0),
           rows_(p.Lq() * p.group()),
           chunks_(ceil_div(p.Lk(), kChunkKeys)),
-          direct_keys_(rows_ <= kDirectKeyRows && p.k.stride[3] == 1 && element_size(p.k.dtype) * Math::kPair == 4),
+          // The backward pass sums packed keys, and its scores must be the very ones whose maximum it is given.
+          direct_keys_(rows_ <= kDirectKeyRows && !p.lse_parts && p.k.stride[3] == 1 &&
+                       element_size(p.k.dtype) * Math::kPair == 4),
           direct_values_(rows_ <= kDirectValueRows && p.v.stride[3] == 1),
           unpacked_values_(Math::kPair == 1 && p.v.dtype == DType::kFloat32 && p.v.stride[3] == 1 && p.Dv() % W == 0),
           grouped_(direct_keys_ && rows_ > kDirectValueRows && p.D() % Math::kPair == 0 &&

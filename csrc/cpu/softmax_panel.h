@@ -245,23 +245,23 @@ inline void add_values(const Panel& x, const float* weights, const float* values
                                 x.out, x.ldo, x.decay);
 }
 
-// Natural log of the sum of exp over the row; -inf where it sees nothing.
-inline float log_total(const Terms& terms, float top, float total) {
-    if (top == -kInfinity) return -kInfinity;
-    const float largest = terms.zero_logits ? 0.0f : terms.p.bias ? top : top * terms.scale;
-    return largest + logf(total);
-}
-
-// Writes out / total and lse of row r.
+// Writes out / total of row r, its lse, and the parts of it.
 inline void finish_row(const Terms& terms, const Panel& x, int r, float top, float total, const float* out) {
     const SoftmaxParams& p = terms.p;
-    const Vec inverse = vset(top == -kInfinity ? 0.0f : 1.0f / total);
+    const bool nothing = top == -kInfinity;
+    const Vec inverse = vset(nothing ? 0.0f : 1.0f / total);
     char* target = p.out.row(x.b, x.head[r], x.i[r]);
     for (int64_t c = 0; c < p.Dv(); c += W) {
         const int n = static_cast<int>(least<int64_t>(W, p.Dv() - c));
         store_floats(target, p.out.dtype, c, p.out.stride[3], vmul(vload(out + c), inverse), n);
     }
-    p.lse[(x.b * p.Hq() + x.head[r]) * p.Lq() + x.i[r]] = log_total(terms, top, total);
+    const int64_t at = (x.b * p.Hq() + x.head[r]) * p.Lq() + x.i[r];
+    const float log_total = nothing ? -kInfinity : logf(total);
+    const float largest = nothing || terms.zero_logits ? 0.0f : p.bias ? top : top * terms.scale;
+    p.lse[at] = largest + log_total;
+    if (!p.lse_parts) return;
+    p.lse_parts[2 * at] = nothing ? 0.0f : terms.sign * top;
+    p.lse_parts[2 * at + 1] = log_total;
 }
 
 }  // namespace FASTATTN_ISA

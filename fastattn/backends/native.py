@@ -57,24 +57,25 @@ def describe(call: SoftmaxCall) -> str:
     return f"{_C.isa()} {'split-key decode' if few_rows else 'tiled'}, {torch.get_num_threads()} threads"
 
 
-def softmax_forward(q, k, v, mask, bias, rng, params: SoftmaxParams):
+def softmax_forward(q, k, v, mask, bias, rng, params: SoftmaxParams, with_parts: bool):
     assert _C is not None
     out = empty_like_layout(q, v.shape[3])
     lse = torch.empty(q.shape[:3], dtype=torch.float32)
+    parts = torch.empty((*q.shape[:3], 2), dtype=torch.float32) if with_parts else None
     lo, hi = params.band(q.shape[2], k.shape[2])
     _C.softmax_forward(
-        q, k, v, mask, bias, rng, out, lse, params.scale, lo, hi, params.dropout_p, torch.get_num_threads()
+        q, k, v, mask, bias, rng, out, lse, parts, params.scale, lo, hi, params.dropout_p, torch.get_num_threads()
     )
-    return out, lse
+    return out, lse, parts
 
 
-def softmax_backward(dout, dlse, q, k, v, mask, bias, rng, out, lse, params: SoftmaxParams, needs):
+def softmax_backward(dout, dlse, q, k, v, mask, bias, rng, out, parts, params: SoftmaxParams, needs):
     assert _C is not None
     dq, dk, dv = (empty_like_layout(t, t.shape[3]) if need else None for t, need in zip((q, k, v), needs))
     dbias = bias.new_empty(bias.shape, dtype=torch.float32) if needs[3] else None
     lo, hi = params.band(q.shape[2], k.shape[2])
     _C.softmax_backward(
-        dout, dlse, q, k, v, mask, bias, rng, out, lse, dq, dk, dv, dbias,
+        dout, dlse, q, k, v, mask, bias, rng, out, parts, dq, dk, dv, dbias,
         params.scale, lo, hi, params.dropout_p, torch.get_num_threads(),
     )  # fmt: skip
     return dq, dk, dv, None if dbias is None else dbias.to(bias.dtype)

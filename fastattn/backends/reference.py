@@ -34,12 +34,13 @@ def softmax_attention(q, k, v, mask, bias, rng, params):
     return to_layout(out.to(q.dtype), q), lse
 
 
-def softmax_forward(q, k, v, mask, bias, rng, params):
+def softmax_forward(q, k, v, mask, bias, rng, params, with_parts):
     with torch.no_grad():
-        return softmax_attention(q, k, v, mask, bias, rng, params)
+        out, lse = softmax_attention(q, k, v, mask, bias, rng, params)
+        return out, lse, torch.stack((lse, torch.zeros_like(lse)), -1) if with_parts else None
 
 
-def softmax_backward(dout, dlse, q, k, v, mask, bias, rng, out, lse, params, needs):
+def softmax_backward(dout, dlse, q, k, v, mask, bias, rng, out, parts, params, needs):
     inputs = [None if t is None else t.detach().requires_grad_(need) for t, need in zip((q, k, v, bias), needs)]
     with torch.enable_grad():
         results = softmax_attention(*inputs[:3], mask, inputs[3], rng, params)

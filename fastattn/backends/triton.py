@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from ..params import SoftmaxCall, SoftmaxParams, accumulate_dtype, empty_like_layout
+from ..params import SoftmaxCall, SoftmaxParams, empty_like_layout
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
@@ -71,19 +71,20 @@ def describe(call: SoftmaxCall) -> str:
     return f"{where}, {tile.BM}x{tile.BN} tiles, {tile.num_warps} warps, {tile.num_stages} stages"
 
 
-def softmax_forward(q, k, v, mask, bias, rng, params: SoftmaxParams):
+def softmax_forward(q, k, v, mask, bias, rng, params: SoftmaxParams, with_parts: bool):
     from ..kernels.softmax.forward import forward
 
     out = empty_like_layout(q, v.shape[3])
-    lse = q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
-    forward(q, k, v, mask, bias, rng, out, lse, params)
-    return out, lse
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    parts = q.new_empty((*q.shape[:3], 2), dtype=torch.float32) if with_parts else None
+    forward(q, k, v, mask, bias, rng, out, lse, parts, params)
+    return out, lse, parts
 
 
-def softmax_backward(dout, dlse, q, k, v, mask, bias, rng, out, lse, params: SoftmaxParams, needs):
+def softmax_backward(dout, dlse, q, k, v, mask, bias, rng, out, parts, params: SoftmaxParams, needs):
     from ..kernels.softmax.backward import backward
 
     gradients = [empty_like_layout(x, x.shape[3]) if need else None for x, need in zip((q, k, v), needs)]
     gradients.append(bias.new_empty(bias.shape) if needs[3] else None)
-    backward(dout, dlse, q, k, v, mask, bias, rng, out, lse, params, *gradients)
+    backward(dout, dlse, q, k, v, mask, bias, rng, out, parts, params, *gradients)
     return tuple(gradients)

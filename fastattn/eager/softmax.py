@@ -5,6 +5,7 @@ Memory beyond inputs and outputs is O(L): a tile holds at most TILE_ELEMENTS sco
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, Optional
 
@@ -28,6 +29,11 @@ class _Problem:
         self.Hk, self.Lk, self.Dv = k.shape[1], k.shape[2], v.shape[3]
         self.wide = accumulate_dtype(q.dtype)
         self.lo, self.hi = params.band(self.Lq, self.Lk)
+        # Scaled after the largest score is taken off, large scores that are nearly equal keep their differences. Not by a
+        # scale that rounds to 0: hidden scores are -inf.
+        late = bias is None and abs(params.scale) >= torch.finfo(self.wide).tiny
+        self.before: float = math.copysign(1.0, params.scale) if late else params.scale
+        self.factor: float = abs(params.scale) if late else 1.0
         self.empty = q.numel() == 0 and 0 in q.shape[:3] or self.Lk == 0
         heads = max(1, self.B * self.Hq)
         # Under a band, short tiles: what lies outside is skipped by whole tiles.
@@ -87,8 +93,8 @@ class _Problem:
         return part if self.seen is None else part.masked_fill(~self.seen[:, :, j0:j1], 0)
 
     def scores(self, q: Tensor, k: Tensor, i0: int, i1: int, j0: int, j1: int) -> tuple[Tensor, Optional[Tensor]]:
-        """z of one tile with hidden entries -inf, and the visibility that was applied."""
-        z = self.heads_by(q, k.transpose(-1, -2)) * self.params.scale
+        """z / factor of one tile with hidden entries -inf, and the visibility that was applied."""
+        z = times(self.heads_by(q, k.transpose(-1, -2)), self.before)
         visible = self.visible(i0, i1, j0, j1)
         if self.bias is not None:
             z = z + cut(self.bias, i0, i1, j0, j1).to(self.wide)
@@ -113,18 +119,27 @@ class _Problem:
         return kept.to(self.wide) * (0.0 if p == 1 else 1 / (1 - p))
 
 
+def times(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1 else x * factor
+
+
 def cut(t: Tensor, i0: int, i1: int, j0: int, j1: int) -> Tensor:
     """The tile of a [B|1, H|1, Lq|1, Lk|1] tensor."""
     rows = t if t.shape[2] == 1 else t[:, :, i0:i1]
     return rows if t.shape[3] == 1 else rows[..., j0:j1]
 
 
-def softmax_forward(q, k, v, mask, bias, rng, params: SoftmaxParams) -> tuple[Tensor, Tensor]:
+def softmax_forward(
+    q, k, v, mask, bias, rng, params: SoftmaxParams, with_parts: bool
+) -> tuple[Tensor, Tensor, Optional[Tensor]]:
     problem = _Problem(q, k, v, mask, bias, rng, params)
     out = empty_like_layout(q, v.shape[3])
     lse = torch.full(q.shape[:3], -torch.inf, dtype=problem.wide, device=q.device)
+    parts = None
+    if with_parts:
+        parts = torch.stack((torch.zeros_like(lse), lse), -1)
     if problem.empty:
-        return out.zero_(), lse
+        return out.zero_(), lse, parts
     for i0, i1 in problem.q_tiles():
         rows = q[:, :, i0:i1].to(problem.wide)
         total = rows.new_zeros(*rows.shape[:3], 1)
@@ -134,19 +149,22 @@ def softmax_forward(q, k, v, mask, bias, rng, params: SoftmaxParams) -> tuple[Te
             z, _ = problem.scores(rows, problem.keys(k, j0, j1), i0, i1, j0, j1)
             new_top = torch.maximum(top, z.amax(-1, keepdim=True))
             base = new_top.masked_fill(new_top == -torch.inf, 0)
-            p = torch.exp(z - base)
-            decay = torch.exp(top - base)
+            p = torch.exp(times(z - base, problem.factor))
+            decay = torch.exp(times(top - base, problem.factor))
             total = total * decay + p.sum(-1, keepdim=True)
             keep = problem.keep(i0, i1, j0, j1)
             acc = acc * decay + problem.heads_by(p if keep is None else p * keep, problem.keys(v, j0, j1))
             top = new_top
         nothing = top == -torch.inf
         out[:, :, i0:i1] = torch.where(nothing, 0, acc / total)
-        lse[:, :, i0:i1] = torch.where(nothing, top, top + total.log()).squeeze(-1)
-    return out, lse
+        top, log_total = top.masked_fill(nothing, 0), total.log()
+        lse[:, :, i0:i1] = (times(top, problem.factor) + log_total).squeeze(-1)
+        if parts is not None:
+            parts[:, :, i0:i1] = torch.cat((top, log_total), -1)
+    return out, lse, parts
 
 
-def softmax_backward(dout, dlse, q, k, v, mask, bias, rng, out, lse, params: SoftmaxParams, needs):
+def softmax_backward(dout, dlse, q, k, v, mask, bias, rng, out, parts, params: SoftmaxParams, needs):
     problem = _Problem(q, k, v, mask, bias, rng, params)
     wide = problem.wide
     dq, dk, dv = (empty_like_layout(t, t.shape[3], wide).zero_() if need else None for t, need in zip((q, k, v), needs))
@@ -156,14 +174,14 @@ def softmax_backward(dout, dlse, q, k, v, mask, bias, rng, out, lse, params: Sof
         delta = (drows * out[:, :, i0:i1].to(wide)).sum(-1, keepdim=True)
         if dlse is not None:
             delta = delta - dlse[:, :, i0:i1, None]
-        log_total = lse[:, :, i0:i1, None]
+        top, log_total = parts[:, :, i0:i1].split(1, -1)
         nothing = log_total == -torch.inf
         log_total = log_total.masked_fill(nothing, torch.inf)
         delta = delta.masked_fill(nothing, 0)
         for j0, j1 in problem.k_tiles(i0, i1):
             keys = problem.keys(k, j0, j1)
             z, visible = problem.scores(rows, keys, i0, i1, j0, j1)
-            p = torch.exp(z - log_total)
+            p = torch.exp(times(z - top, problem.factor) - log_total)
             dp = problem.heads_by(drows, problem.keys(v, j0, j1).transpose(-1, -2))
             keep = problem.keep(i0, i1, j0, j1)
             if dv is not None:

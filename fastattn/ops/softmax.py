@@ -9,7 +9,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import checks
-from ..autograd import RefuseGradient, autocast, fold_batch, full_precision, register, unobserved, vmap_by_loop
+from ..autograd import (
+    RefuseGradient,
+    autocast,
+    fold_batch,
+    full_precision,
+    register,
+    unobserved,
+    vmap_by_loop,
+)
 from ..dispatch import BACKENDS, Explanation, select
 from ..dispatch import explain as explain_call
 from ..eager.softmax import softmax_double_backward
@@ -126,49 +134,58 @@ def _run(call: SoftmaxCall, backend: str) -> tuple[Tensor, Tensor]:
             return BACKENDS["reference"].softmax_attention(q, k, v, mask, bias, rng, params)
     # A dual tensor must meet the autograd function, which refuses it; the bare op would drop the tangent.
     if needs_grad or forward_ad._current_level >= 0:
-        return SoftmaxAttention.apply(q, k, v, mask, bias, rng, *params, backend)
+        return SoftmaxAttention.apply(q, k, v, mask, bias, rng, *params, backend)[:2]
     # The op costs as much as a small kernel; where nobody looks, its implementation is called directly.
     if unobserved(q, k, v, mask, bias):
         with full_precision(q):
-            return BACKENDS[backend].softmax_forward(q, k, v, mask, bias, rng, params)
-    return softmax_forward(q, k, v, mask, bias, rng, *params, backend)
+            return BACKENDS[backend].softmax_forward(q, k, v, mask, bias, rng, params, False)[:2]
+    return softmax_forward(q, k, v, mask, bias, rng, *params, False, backend)[:2]
 
 
 _OPTIONS = "float scale, str causal, int? window_left, int? window_right, float dropout_p, "
 _QKV = "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? rng, "
 _FORWARD_TENSORS, _BACKWARD_TENSORS = 6, 10
 
+# lse_parts [B, Hq, Lq, 2], in the dtype of lse: the largest score of a row, in the unit of its backend, and the log of the
+# sum of weights relative to it; (0, -inf) where the row sees nothing. The backward pass reads it in place of lse, which
+# at 1e5 has lost the log and at 1e30 the differences of scores as well. Without with_parts it is empty.
+
 
 def _forward(q, k, v, mask, bias, rng, *options):
-    *params, backend = options
+    *params, with_parts, backend = options
     with full_precision(q):
-        return BACKENDS[backend].softmax_forward(q, k, v, mask, bias, rng, SoftmaxParams(*params))
+        out, lse, parts = BACKENDS[backend].softmax_forward(
+            q, k, v, mask, bias, rng, SoftmaxParams(*params), with_parts
+        )
+    return out, lse, q.new_empty(0) if parts is None else parts
 
 
 def _forward_fake(q, k, v, mask, bias, rng, *options):
-    return empty_like_layout(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
+    lse = q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
+    return empty_like_layout(q, v.shape[3]), lse, lse.new_empty((*q.shape[:3], 2)) if options[-2] else q.new_empty(0)
 
 
 def _forward_vmap(info, in_dims, *args):
-    q, q_dim, p = args[0], in_dims[0], args[10]
+    q, q_dim, p, with_parts = args[0], in_dims[0], args[10], args[11]
     if p > 0:
         return vmap_by_loop(softmax_forward, info, in_dims, args)
     V = info.batch_size
     B = q.shape[0 if q_dim is None else int(q_dim == 0)]
     folded = [fold_batch(t, dim, V, B) for t, dim in zip(args[:_FORWARD_TENSORS], in_dims)]
-    outputs = softmax_forward(*folded, *args[_FORWARD_TENSORS:])
-    return tuple(t.unflatten(0, (V, B)) for t in outputs), (0, 0)
+    *outputs, parts = softmax_forward(*folded, *args[_FORWARD_TENSORS:])
+    split = [t.unflatten(0, (V, B)) for t in outputs]
+    return (*split, parts.unflatten(0, (V, B)) if with_parts else parts.expand(V, 0)), (0, 0, 0)
 
 
-def _backward(dout, dlse, q, k, v, mask, bias, rng, out, lse, *options):
+def _backward(dout, dlse, q, k, v, mask, bias, rng, out, parts, *options):
     *params, needs, backend = options
     run = BACKENDS[backend].softmax_backward
     with full_precision(q):
-        grads = run(dout, dlse, q, k, v, mask, bias, rng, out, lse, SoftmaxParams(*params), needs)
+        grads = run(dout, dlse, q, k, v, mask, bias, rng, out, parts, SoftmaxParams(*params), needs)
     return tuple(q.new_empty(0) if g is None else g for g in grads)
 
 
-def _backward_fake(dout, dlse, q, k, v, mask, bias, rng, out, lse, *options):
+def _backward_fake(dout, dlse, q, k, v, mask, bias, rng, out, parts, *options):
     needs = options[-2]
     grads = [empty_like_layout(t, t.shape[3]) if need else q.new_empty(0) for t, need in zip((q, k, v), needs)]
     return (*grads, bias.new_empty(bias.shape) if needs[3] else q.new_empty(0))
@@ -206,7 +223,7 @@ def _backward_flops(dout_shape, dlse_shape, q_shape, k_shape, v_shape, *args, **
 
 softmax_forward = register(
     "softmax_forward",
-    f"({_QKV}{_OPTIONS}str backend) -> (Tensor out, Tensor lse)",
+    f"({_QKV}{_OPTIONS}bool with_parts, str backend) -> (Tensor out, Tensor lse, Tensor lse_parts)",
     _forward,
     _forward_fake,
     _forward_vmap,
@@ -214,7 +231,7 @@ softmax_forward = register(
 )
 softmax_backward = register(
     "softmax_backward",
-    f"(Tensor dout, Tensor? dlse, {_QKV}Tensor out, Tensor lse, {_OPTIONS}bool[] needs, str backend)"
+    f"(Tensor dout, Tensor? dlse, {_QKV}Tensor out, Tensor lse_parts, {_OPTIONS}bool[] needs, str backend)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
     _backward,
     _backward_fake,
@@ -224,23 +241,27 @@ softmax_backward = register(
 
 
 class SoftmaxAttention(torch.autograd.Function):
-    """(q, k, v, mask, bias, rng, *SoftmaxParams, backend) -> (out, lse)."""
+    """(q, k, v, mask, bias, rng, *SoftmaxParams, backend) -> (out, lse, lse_parts); the last is for backward alone."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(q, k, v, mask, bias, rng, scale, causal, window_left, window_right, dropout_p, backend):
-        return softmax_forward(q, k, v, mask, bias, rng, scale, causal, window_left, window_right, dropout_p, backend)
+        return softmax_forward(
+            q, k, v, mask, bias, rng, scale, causal, window_left, window_right, dropout_p, True, backend
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.set_materialize_grads(False)
         ctx.options = inputs[_FORWARD_TENSORS:]
-        ctx.save_for_backward(*inputs[:_FORWARD_TENSORS], *output)
+        out, _, parts = output
+        ctx.mark_non_differentiable(parts)
+        ctx.save_for_backward(*inputs[:_FORWARD_TENSORS], out, parts)
 
     @staticmethod
-    def backward(ctx, dout, dlse):
-        q, k, v, mask, bias, rng, out, lse = ctx.saved_tensors
+    def backward(ctx, dout, dlse, _):
+        q, k, v, mask, bias, rng, out, parts = ctx.saved_tensors
         *params, backend = ctx.options
         needs = [*ctx.needs_input_grad[:3], ctx.needs_input_grad[4]]
         if dout is None:
@@ -248,7 +269,7 @@ class SoftmaxAttention(torch.autograd.Function):
                 return (None,) * 12
             dout = out.new_zeros(()).expand_as(out)
         dq, dk, dv, dbias = SoftmaxAttentionBackward.apply(
-            dout, dlse, q, k, v, mask, bias, rng, out, lse, *params, needs, backend
+            dout, dlse, q, k, v, mask, bias, rng, out, parts, *params, needs, backend
         )
         grads = [g if need else None for g, need in zip((dq, dk, dv, dbias), needs)]
         return (*grads[:3], None, grads[3], *(None,) * 7)
@@ -261,11 +282,11 @@ class SoftmaxAttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        dout, dlse, q, k, v, mask, bias, rng, out, lse,
+        dout, dlse, q, k, v, mask, bias, rng, out, parts,
         scale, causal, window_left, window_right, dropout_p, needs, backend,
     ):  # fmt: skip
         return softmax_backward(
-            dout, dlse, q, k, v, mask, bias, rng, out, lse,
+            dout, dlse, q, k, v, mask, bias, rng, out, parts,
             scale, causal, window_left, window_right, dropout_p, needs, backend,
         )  # fmt: skip
 

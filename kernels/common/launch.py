@@ -40,6 +40,6 @@ def launch(kernel, n_programs: int, *args, **options) -> None:
         guard = (
             nullcontext() if args[0].device.index == torch.cuda.current_device() else torch.cuda.device(args[0].device)
         )
-    # s * scale - m must not become one fma: with |s| near 1e30 its rounding would exceed m.
+    # s * scale + bias must not become one fma in one kernel and not in another: backward needs the logits of forward.
     with guard:
         kernel[(n_programs,)](*args, enable_fp_fusion=False, **options)

@@ -16,9 +16,10 @@ UNSPECIALIZED = ["Hq", "Lq", "Lk", "lo", "hi", "threshold", "n_tiles", "n_heads"
 
 
 @triton.jit
-def weights(s, lse):
-    """exp(s - lse). It cannot exceed 1; where rounding of huge scores says otherwise, 1 is right. NaN stays NaN."""
-    return tl.exp2(tl.minimum(s - lse, 0.0, propagate_nan=tl.PropagateNan.ALL) * LOG2E)
+def weights(s, top, tail, scale, bias):
+    """P of scores or, with bias, logits s. None passes the largest, but by rounding of huge ones. NaN stays NaN."""
+    below = (s - top) * (LOG2E if bias is not None else scale * LOG2E)
+    return tl.exp2(tl.minimum(below, 0.0, propagate_nan=tl.PropagateNan.ALL) - tail)
 
 
 @triton.jit
@@ -29,9 +30,12 @@ def score_gradient(p, dp, delta, visible, HIDES: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["Hq", "Lq"])
-def row_stats_kernel(out, dout, lse, dlse, stats, out_strides, dout_strides, dlse_strides, Hq, Lq, n_tiles,
+def row_stats_kernel(out, dout, parts, dlse, stats, out_strides, dout_strides, dlse_strides, Hq, Lq, n_tiles,
                      DV: tl.constexpr, BM: tl.constexpr, BDV: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """stats fp32 [B * Hq, n_tiles * BM, 2]: lse and delta = rowsum(out * dout) - dlse, both 0 beyond Lq."""
+    """stats fp32 [B * Hq, 3, n_tiles * BM]: the parts of lse, the log in base 2, and delta = rowsum(out * dout) - dlse.
+
+    All are 0 beyond Lq.
+    """
     i_tile, head = tl.program_id(0) % n_tiles, tl.program_id(0) // n_tiles
     b, h = head // Hq, head % Hq
     row = i_tile * BM + tl.arange(0, BM)
@@ -43,21 +47,22 @@ def row_stats_kernel(out, dout, lse, dlse, stats, out_strides, dout_strides, dls
     if dlse is not None:
         p_dlse = head_of(dlse, b, h, dlse_strides) + row.to(tl.int64) * dlse_strides[2]
         b_delta -= tl.load(p_dlse, mask=row < Lq, other=0.0)
-    b_lse = tl.load(lse + head.to(tl.int64) * Lq + row, mask=row < Lq, other=0.0)
-    p_stats = stats + (head.to(tl.int64) * n_tiles * BM + row) * 2
-    tl.store(p_stats, b_lse)
-    tl.store(p_stats + 1, b_delta)
+    p_parts = parts + (head.to(tl.int64) * Lq + row) * 2
+    p_stats = stats + head.to(tl.int64) * 3 * n_tiles * BM + row
+    tl.store(p_stats, tl.load(p_parts, mask=row < Lq, other=0.0))
+    tl.store(p_stats + n_tiles * BM, tl.load(p_parts + 1, mask=row < Lq, other=0.0) * LOG2E)
+    tl.store(p_stats + 2 * n_tiles * BM, b_delta)
 
 
 @triton.jit
-def load_stats(stats, i_first, BM: tl.constexpr):
-    """(lse, delta) [BM] of one head's rows i_first.."""
-    p = stats + tl.cast(i_first, tl.int64) * 2 + tl.arange(0, BM)[:, None] * 2 + tl.arange(0, 2)[None, :]
-    return tl.split(tl.load(p))
+def load_stats(stats, padded, head, i_first, BM: tl.constexpr):
+    """(top, tail, delta) [BM] of the rows i_first.. of a head."""
+    p = stats + tl.cast(head, tl.int64) * 3 * padded + i_first + tl.arange(0, BM)
+    return tl.load(p), tl.load(p + padded), tl.load(p + 2 * padded)
 
 
 @triton.jit
-def _add_queries(b_dk, b_dv, b_column, b_k, b_v, q, dout, stats, mask, bias, rng,
+def _add_queries(b_dk, b_dv, b_column, b_k, b_v, q, dout, stats, padded, mask, bias, rng,
                  q_strides, dout_strides, mask_strides, bias_strides, head, j_first,
                  Lq, Lk, lo, hi, scale, threshold, keep_scale,
                  D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
@@ -76,15 +81,17 @@ def _add_queries(b_dk, b_dv, b_column, b_k, b_v, q, dout, stats, mask, bias, rng
             wanted = tl.arange(0, BM) < Lq - i_first
         b_q = load_rows(q, i_first, wanted, q_strides, D, BD, BM, WIDE, UPCAST)  # [BM, BD]
         # Transposed, so that P and dS come out as the left operands of the products below.
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale  # [BN, BM]
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
+        if bias is not None:
+            b_s = b_s * scale
         b_s, visible = finish_scores(
             b_s, i_first + tl.arange(0, BM)[None, :], j_first + tl.arange(0, BN)[:, None], mask, bias,
             mask_strides, bias_strides, Lq, Lk, lo, hi, MASK_ROWS, BIAS_ROWS, PARTIAL, False,
         )  # fmt: skip
-        b_lse, b_delta = load_stats(stats, i_first, BM)
-        b_p = weights(b_s, b_lse[None, :])
+        b_top, b_tail, b_delta = load_stats(stats, padded, head, i_first, BM)
+        b_p = weights(b_s, b_top[None, :], b_tail[None, :], scale, bias)
         if HIDES:
-            # Also where lse is -inf: such a query sees nothing.
+            # Also where tail is -inf: such a query sees nothing.
             b_p = tl.where(visible, b_p, 0.0)
 
         b_dout = load_rows(dout, i_first, wanted, dout_strides, DV, BDV, BM, WIDE, UPCAST)  # [BM, BDV]
@@ -105,7 +112,7 @@ def _add_queries(b_dk, b_dv, b_column, b_k, b_v, q, dout, stats, mask, bias, rng
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def keys_kernel(q, k, v, dout, stats, mask, bias, rng, dk, dv, column,
                 q_strides, k_strides, v_strides, dout_strides, mask_strides, bias_strides, dk_strides, dv_strides,
-                stats_stride, Hq, group, Lq, Lk, lo, hi, scale, threshold, keep_scale, n_tiles, n_heads, section,
+                padded, Hq, group, Lq, Lk, lo, hi, scale, threshold, keep_scale, n_tiles, n_heads, section,
                 D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
                 BDV: tl.constexpr, MASK_ROWS: tl.constexpr, BIAS_ROWS: tl.constexpr, PRECISION: tl.constexpr,
                 WIDE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
@@ -128,8 +135,7 @@ def keys_kernel(q, k, v, dout, stats, mask, bias, rng, dk, dv, column,
         for partial in tl.static_range(2):
             b_dk, b_dv, b_column = _add_queries(
                 b_dk, b_dv, b_column, b_k, b_v, head_of(q, b, h, q_strides), head_of(dout, b, h, dout_strides),
-                stats + tl.cast(head, tl.int64) * stats_stride,
-                None if mask is None else head_of(mask, b, h, mask_strides),
+                stats, padded, None if mask is None else head_of(mask, b, h, mask_strides),
                 None if bias is None else head_of(bias, b, h, bias_strides), rng, q_strides, dout_strides, mask_strides, bias_strides,
                 head, j_first, Lq, Lk, lo, hi, scale, threshold, keep_scale,
                 D, DV, BM, BN, BD, BDV, MASK_ROWS, BIAS_ROWS, PRECISION, WIDE, UPCAST, column is not None, partial,
@@ -141,7 +147,7 @@ def keys_kernel(q, k, v, dout, stats, mask, bias, rng, dk, dv, column,
 
 
 @triton.jit
-def _gradient_tile(b_q, b_dout, b_lse, b_delta, k, v, mask, bias, rng,
+def _gradient_tile(b_q, b_dout, b_top, b_tail, b_delta, k, v, mask, bias, rng,
                    k_strides, v_strides, mask_strides, bias_strides, head, i_first, j_first, i_last,
                    Lq, Lk, lo, hi, scale, threshold, keep_scale,
                    D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
@@ -154,12 +160,14 @@ def _gradient_tile(b_q, b_dout, b_lse, b_delta, k, v, mask, bias, rng,
     if PARTIAL:
         reach = keys_in_reach(j, i_first, i_last, Lk, lo, hi)
     b_k = load_rows(k, j_first, reach, k_strides, D, BD, BN, WIDE, UPCAST)  # [BN, BD]
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale  # [BM, BN]
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
+    if bias is not None:
+        b_s = b_s * scale
     b_s, visible = finish_scores(
         b_s, i_first + tl.arange(0, BM)[:, None], j[None, :], mask, bias,
         mask_strides, bias_strides, Lq, Lk, lo, hi, MASK_ROWS, BIAS_ROWS, PARTIAL, False,
     )  # fmt: skip
-    b_p = weights(b_s, b_lse[:, None])
+    b_p = weights(b_s, b_top[:, None], b_tail[:, None], scale, bias)
     b_v = load_rows(v, j_first, reach, v_strides, DV, BDV, BN, WIDE, UPCAST)  # [BN, BDV]
     b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)  # [BM, BN]
     if rng is not None:
@@ -174,7 +182,7 @@ def _gradient_tile(b_q, b_dout, b_lse, b_delta, k, v, mask, bias, rng,
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def queries_kernel(q, k, v, dout, stats, mask, bias, rng, dq, dbias,
                    q_strides, k_strides, v_strides, dout_strides, mask_strides, bias_strides, dq_strides, dbias_strides,
-                   stats_stride, Hq, group, Lq, Lk, lo, hi, scale, threshold, keep_scale, n_tiles, n_heads, section,
+                   padded, Hq, group, Lq, Lk, lo, hi, scale, threshold, keep_scale, n_tiles, n_heads, section,
                    D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
                    BDV: tl.constexpr, MASK_ROWS: tl.constexpr, BIAS_ROWS: tl.constexpr, PRECISION: tl.constexpr,
                    WIDE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
@@ -192,7 +200,7 @@ def queries_kernel(q, k, v, dout, stats, mask, bias, rng, dq, dbias,
         p_dbias = head_of(dbias, b, h, dbias_strides) + row.to(tl.int64)[:, None] * dbias_strides[2]
     b_q = load_rows(head_of(q, b, h, q_strides), i_first, row < Lq, q_strides, D, BD, BM, WIDE, UPCAST)
     b_dout = load_rows(head_of(dout, b, h, dout_strides), i_first, row < Lq, dout_strides, DV, BDV, BM, WIDE, UPCAST)
-    b_lse, b_delta = load_stats(stats + head.to(tl.int64) * stats_stride, i_first, BM)
+    b_top, b_tail, b_delta = load_stats(stats, padded, head, i_first, BM)
 
     b_dq = tl.zeros([BM, BD], tl.float32)
     start, full_start, full_end, n_partial, n_full = span(i_first, i_last, lo, hi, Lk, BN)
@@ -200,7 +208,7 @@ def queries_kernel(q, k, v, dout, stats, mask, bias, rng, dq, dbias,
         for n in range(0, n_partial if partial else n_full):
             j_first = tile_start(n, start, full_start, full_end, BN, partial)
             b_ds, b_k = _gradient_tile(
-                b_q, b_dout, b_lse, b_delta, k, v, mask, bias, rng, k_strides, v_strides, mask_strides,
+                b_q, b_dout, b_top, b_tail, b_delta, k, v, mask, bias, rng, k_strides, v_strides, mask_strides,
                 bias_strides, head, i_first, j_first, i_last, Lq, Lk, lo, hi, scale, threshold, keep_scale,
                 D, DV, BM, BN, BD, BDV, MASK_ROWS, BIAS_ROWS, PRECISION, WIDE, UPCAST, partial,
             )  # fmt: skip
@@ -215,7 +223,7 @@ def queries_kernel(q, k, v, dout, stats, mask, bias, rng, dq, dbias,
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def bias_kernel(q, k, v, dout, stats, mask, bias, rng, dbias,
                 q_strides, k_strides, v_strides, dout_strides, mask_strides, bias_strides, dbias_strides,
-                stats_stride, Hq, group, Lq, Lk, lo, hi, scale, threshold, keep_scale, n_i, n_j, dbias_heads, sum_b, sum_h,
+                padded, Hq, group, Lq, Lk, lo, hi, scale, threshold, keep_scale, n_i, n_j, dbias_heads, sum_b, sum_h,
                 D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
                 BDV: tl.constexpr, MASK_ROWS: tl.constexpr, BIAS_ROWS: tl.constexpr, PRECISION: tl.constexpr,
                 WIDE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
@@ -242,9 +250,9 @@ def bias_kernel(q, k, v, dout, stats, mask, bias, rng, dbias,
         b_q = load_rows(head_of(q, b, h, q_strides), i_first, row < Lq, q_strides, D, BD, BM, WIDE, UPCAST)
         p_dout = head_of(dout, b, h, dout_strides)
         b_dout = load_rows(p_dout, i_first, row < Lq, dout_strides, DV, BDV, BM, WIDE, UPCAST)
-        b_lse, b_delta = load_stats(stats + tl.cast(head, tl.int64) * stats_stride, i_first, BM)
+        b_top, b_tail, b_delta = load_stats(stats, padded, head, i_first, BM)
         b_ds, _ = _gradient_tile(
-            b_q, b_dout, b_lse, b_delta,
+            b_q, b_dout, b_top, b_tail, b_delta,
             head_of(k, b, h // group, k_strides), head_of(v, b, h // group, v_strides),
             None if mask is None else head_of(mask, b, h, mask_strides), head_of(bias, b, h, bias_strides), rng,
             k_strides, v_strides, mask_strides, bias_strides, head, i_first, j_first, i_last,
@@ -257,7 +265,7 @@ def bias_kernel(q, k, v, dout, stats, mask, bias, rng, dbias,
     tl.store(p_dbias, b_sum.to(dbias.dtype.element_ty), mask=(row < Lq)[:, None] & (j < Lk))
 
 
-def backward(dout, dlse, q, k, v, mask, bias, rng, out, lse, params, dq, dk, dv, dbias) -> None:
+def backward(dout, dlse, q, k, v, mask, bias, rng, out, parts, params, dq, dk, dv, dbias) -> None:
     """Fill the gradients that are not None. dbias [B|1, Hq|1, Lq|1, Lk|1] is summed over its broadcast dimensions."""
     B, Hq, Lq, D = q.shape
     Hk, Lk, Dv = k.shape[1], k.shape[2], v.shape[3]
@@ -267,8 +275,9 @@ def backward(dout, dlse, q, k, v, mask, bias, rng, out, lse, params, dq, dk, dv,
                 gradient.zero_()
         return
     if dbias is not None and dbias.shape[3] == 1:
-        # sum_j dS_ij is dlse_i exactly: the weights of a row sum to 1, or to 0 where lse is -inf.
-        rows = torch.zeros_like(lse) if dlse is None else dlse.masked_fill(lse == -torch.inf, 0.0)
+        # sum_j dS_ij is dlse_i exactly: the weights of a row sum to 1, or to 0 where it sees nothing.
+        log_total = parts[..., 1]
+        rows = torch.zeros_like(log_total) if dlse is None else dlse.masked_fill(log_total == -torch.inf, 0.0)
         dbias.copy_(rows[..., None].sum_to_size(dbias.shape))
         dbias = None
     if all(gradient is None for gradient in (dq, dk, dv, dbias)):
@@ -278,11 +287,11 @@ def backward(dout, dlse, q, k, v, mask, bias, rng, out, lse, params, dq, dk, dv,
     tiles = config.pick_backward(D, Dv, q.dtype, arch_of(q), extra)
     group = Hq // Hk
     padded = config.ceil_div(Lq, config.STATS_PADDING) * config.STATS_PADDING
-    stats = lse.new_empty(B * Hq, padded, 2)
+    stats = parts.new_empty(B * Hq, 3, padded)
     n_tiles = padded // config.STATS_ROWS
     strides = (out.stride(), dout.stride(), None if dlse is None else dlse.stride())
     launch(
-        row_stats_kernel, n_tiles * B * Hq, out, dout, lse, dlse, stats, *strides, Hq, Lq, n_tiles, DV=Dv,
+        row_stats_kernel, n_tiles * B * Hq, out, dout, parts, dlse, stats, *strides, Hq, Lq, n_tiles, DV=Dv,
         BM=config.STATS_ROWS, BDV=config.block_dim(Dv), WIDE=config.wide(out, dout),
         UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
     )  # fmt: skip
@@ -298,7 +307,7 @@ def backward(dout, dlse, q, k, v, mask, bias, rng, out, lse, params, dq, dk, dv,
     )
     band = config.useful_band(*params.band(Lq, Lk), Lq, Lk)
     scalars = (
-        stats.stride(0),
+        padded,
         Hq,
         group,
         Lq,
@@ -316,7 +325,7 @@ def backward(dout, dlse, q, k, v, mask, bias, rng, out, lse, params, dq, dk, dv,
     if dk is not None or dv is not None or by_column:
         dk = torch.empty_like(k) if dk is None else dk
         dv = torch.empty_like(v) if dv is None else dv
-        column = lse.new_empty(B, Hq, Lk) if by_column else None
+        column = parts.new_empty(B, Hq, Lk) if by_column else None
         n_tiles = config.ceil_div(Lk, tiles.keys.BN)
         section = config.heads_per_section(B * Hk, 1, q.element_size() * Lq * (D + Dv) * group)
         launch(

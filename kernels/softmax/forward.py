@@ -99,6 +99,7 @@ def forward_kernel(
     rng,  # int64 [2] or None
     out,  # [B, Hq, Lq, DV]
     lse,  # fp32 [B, Hq, Lq], contiguous
+    parts,  # fp32 [B, Hq, Lq, 2], contiguous, or None
     q_strides,
     k_strides,
     v_strides,
@@ -140,9 +141,11 @@ def forward_kernel(
     b_q = load_rows(head_of(q, b, h, q_strides), i_first, row < Lq, q_strides, D, BD, BM, WIDE, UPCAST)
     if bias is None:
         # Scores stay unscaled until after the subtraction of their maximum, so a negative scale turns q around.
+        sign = tl.where(scale < 0, -1.0, 1.0)
         magnitude = tl.abs(scale)
         b_q = tl.where(scale < 0, -b_q, b_q)
     else:
+        sign = 1.0
         magnitude = 1.0
     unit = tl.maximum(magnitude * LOG2E, TINY)
 
@@ -187,15 +190,24 @@ def forward_kernel(
             PARTIAL=partial,
         )
 
-    b_lse = b_m * magnitude + tl.log(b_l)
-    b_lse = tl.where(b_m == float("-inf"), float("-inf"), b_lse)
+    # A row that sees nothing: 0 and log 0 = -inf.
+    b_top = tl.where(b_m == float("-inf"), 0.0, b_m)
+    b_log = tl.log(b_l)
     b_out = b_acc * (keep_scale / tl.where(b_l == 0, 1.0, b_l))[:, None]
     store_rows(head_of(out, b, h, out_strides), i_first, b_out, Lq, out_strides, DV, BDV, BM)
-    tl.store(lse + head.to(tl.int64) * Lq + row, b_lse, mask=row < Lq)
+    at = head.to(tl.int64) * Lq + row
+    tl.store(lse + at, b_top * magnitude + b_log, mask=row < Lq)
+    if parts is not None:
+        tl.store(parts + at * 2, b_top * sign, mask=row < Lq)
+        tl.store(parts + at * 2 + 1, b_log, mask=row < Lq)
 
 
-def forward(q, k, v, mask, bias, rng, out, lse, params) -> None:
-    """Fill out [B, Hq, Lq, Dv] and lse fp32 [B, Hq, Lq] (contiguous). params: scale, dropout_p, band(Lq, Lk)."""
+def forward(q, k, v, mask, bias, rng, out, lse, parts, params) -> None:
+    """Fill out [B, Hq, Lq, Dv], lse fp32 [B, Hq, Lq] and, where a backward pass will follow, parts fp32 [B, Hq, Lq, 2].
+
+    parts: the q.k (with bias, the logit) of the row's heaviest key and the log of the sum of weights relative to it,
+    (0, -inf) where the row sees nothing. lse and parts are contiguous. params: scale, dropout_p, band(Lq, Lk).
+    """
     B, Hq, Lq, D = q.shape
     Hk, Lk, Dv = k.shape[1], k.shape[2], v.shape[3]
     if B * Hq * Lq == 0:
@@ -215,6 +227,7 @@ def forward(q, k, v, mask, bias, rng, out, lse, params) -> None:
         rng,
         out,
         lse,
+        parts,
         q.stride(),
         k.stride(),
         v.stride(),

@@ -41,7 +41,11 @@ struct SoftmaxParams {
     TensorView mask;  // bool [B|1, Hq|1, Lq|1, Lk|1], optional
     TensorView bias;  // float [B|1, Hq|1, Lq|1, Lk|1], optional
     TensorView out;   // [B, Hq, Lq, Dv]
-    float* lse;       // [B, Hq, Lq]
+    float* lse;       // [B, Hq, Lq], of the forward pass
+    // [B, Hq, Lq, 2]: lse in two parts, since one float cannot hold both: the largest score (with bias, logit) of the
+    // row as it comes out of the product, and the log of the sum of weights relative to it; (0, -inf) where the row
+    // sees nothing. Forward: written where a backward pass will follow.
+    float* lse_parts;
 
     double scale;
     int64_t lo, hi;  // key j is visible to query i only if lo <= j - i <= hi; +-kUnbounded
