@@ -40,18 +40,22 @@ def vmap_by_loop(op: Callable, info, in_dims, args: tuple) -> tuple[tuple, tuple
     """One call per vmapped element: for random ops, whose bits depend on the position in the batch."""
     calls = []
     for index in range(info.batch_size):
-        picked = [a if dim is None else a.select(dim, index) for a, dim in zip(args, in_dims)]
+        picked = [a.select(dim, index) if isinstance(dim, int) else a for a, dim in zip(args, in_dims)]
         calls.append(op(*picked))
     outputs = tuple(torch.stack(results) for results in zip(*calls))
     return outputs, (0,) * len(outputs)
 
 
+def transformed() -> bool:
+    """Whether vmap or another functorch transform is active: inside, a tensor may not tell that it requires grad."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def unobserved(*tensors: Optional[Tensor]) -> bool:
-    """Whether no tracing, transform, dispatch mode, profiler or subclass wants to see the op: it may then be skipped."""
+    """Whether no tracing, dispatch mode, profiler or subclass wants to see the op: outside of transforms it may be skipped."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.autograd._profiler_enabled()
         and all(t is None or (type(t) in (Tensor, torch.nn.Parameter) and not t.is_neg()) for t in tensors)
     )

@@ -236,6 +236,23 @@ def test_vmap(in_dims, backend):
 
 
 @all_backends
+def test_gradients_through_vmap_and_dropout(backend):
+    """Leaves outside of vmap get their gradient; with dropout, out is linear in v whatever was dropped."""
+    inputs = make(Case(B=3, Hq=2, Hk=1, Lq=5, Lk=7), FP32, device=DEVICE)
+    need(backend, inputs)
+    leaves = [x[:, None].clone().requires_grad_() for x in inputs[:3]]
+    call = partial(fastattn.attention, backend=backend)
+    found = torch.autograd.grad(torch.func.vmap(call)(*leaves).square().sum(), leaves)
+    folded = torch.autograd.grad(call(*(x[:, 0] for x in leaves)).square().sum(), leaves)
+    for x, y in zip(found, folded):
+        torch.testing.assert_close(x, y, atol=2e-5, rtol=0)
+    dropped = torch.func.grad_and_value(lambda q, k, v: call(q, k, v, dropout_p=0.4).sum(), 2)
+    dv, total = torch.func.vmap(dropped, randomness="different")(*(x.detach() for x in leaves))
+    torch.testing.assert_close((dv * leaves[2].detach()).sum((1, 2, 3, 4)), total, atol=2e-5, rtol=1e-5)
+    assert not torch.isclose(total, torch.func.vmap(call)(*leaves).sum((1, 2, 3, 4))).any()  # something was dropped
+
+
+@all_backends
 def test_vmap_of_a_shared_bias(backend):
     """Gradient of an unbatched bias inside vmap(grad) is per element; in_dims 0 too."""
     inputs = make(Case(B=3, Hq=2, Hk=2, Lq=5, Lk=7, bias="qk"), FP32, device=DEVICE)

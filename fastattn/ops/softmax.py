@@ -15,6 +15,7 @@ from ..autograd import (
     fold_batch,
     full_precision,
     register,
+    transformed,
     unobserved,
     vmap_by_loop,
 )
@@ -133,7 +134,7 @@ def _run(call: SoftmaxCall, backend: str) -> tuple[Tensor, Tensor]:
         with full_precision(q):
             return BACKENDS["reference"].softmax_attention(q, k, v, mask, bias, rng, params)
     # A dual tensor must meet the autograd function, which refuses it; the bare op would drop the tangent.
-    if needs_grad or forward_ad._current_level >= 0:
+    if needs_grad or forward_ad._current_level >= 0 or transformed():
         return SoftmaxAttention.apply(q, k, v, mask, bias, rng, *params, backend)[:2]
     # The op costs as much as a small kernel; where nobody looks, its implementation is called directly.
     if unobserved(q, k, v, mask, bias):
