@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "fastattn.autograd": ("params", "flops"),
     "fastattn.checks": ("params",),
     "fastattn.eager": ("params", "philox"),
+    "fastattn.masks": ("params", "checks", "philox", "backends.native"),
     "fastattn.kernels": ("kernels",),
     "fastattn.backends.reference": ("params", "philox", "reference"),
     "fastattn.backends.eager": ("params", "eager"),
@@ -80,6 +81,16 @@ def test_imports_follow_the_layers(path):
     inside = {target for target in imports(path) if target.split(".")[0] in ("fastattn", "kernels", "bench")}
     wrong = {t for t in inside if not any(t == a or t.startswith(a + ".") for a in (*allowed, layer))}
     assert not wrong, f"{name} imports {sorted(wrong)}; {layer} may import {allowed or 'nothing of fastattn'}"
+
+
+def test_masks_reach_the_native_core_through_one_door():
+    """Only the plan builder asks for it, inside a function: masks work where the core is missing."""
+    users = {path.name for path in sources("fastattn/masks") if "fastattn.backends.native" in imports(path)}
+    assert users == {"plan.py"}
+    at_import = ast.parse((ROOT / "fastattn" / "masks" / "plan.py").read_text()).body
+    assert not any(
+        "backends" in ast.unparse(node) for node in at_import if isinstance(node, (ast.Import, ast.ImportFrom))
+    )
 
 
 @pytest.mark.parametrize("path", sources("fastattn/reference"), ids=relative)

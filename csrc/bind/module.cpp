@@ -7,6 +7,7 @@ namespace py = pybind11;
 namespace fastattn {
 void register_softmax(py::module_& m);
 void register_peak(py::module_& m);
+void register_plan(py::module_& m);
 }  // namespace fastattn
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
@@ -19,5 +20,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("isa", [] { return fastattn::isa_name(fastattn::current_isa()); }, "instruction set in use");
     m.def("best_isa", [] { return fastattn::isa_name(fastattn::best_isa()); }, "best instruction set of this machine");
     fastattn::register_softmax(m);
+    fastattn::register_plan(m);
     fastattn::register_peak(m);
 }

@@ -9,7 +9,7 @@ namespace {
 
 // Attribute names and dtype objects, made once: looking a tensor up is most of the cost of a small call.
 struct Names {
-    PyObject *is_cpu, *is_neg, *dtype, *shape, *stride, *data_ptr, *dtypes[4];
+    PyObject *is_cpu, *is_neg, *dtype, *shape, *stride, *data_ptr, *dtypes[6];
     Names() {
         is_cpu = PyUnicode_InternFromString("is_cpu");
         is_neg = PyUnicode_InternFromString("is_neg");
@@ -18,8 +18,8 @@ struct Names {
         stride = PyUnicode_InternFromString("stride");
         data_ptr = PyUnicode_InternFromString("data_ptr");
         const py::module_ torch = py::module_::import("torch");
-        const char* names[] = {"float32", "bfloat16", "float16", "bool"};
-        for (int i = 0; i < 4; ++i) dtypes[i] = py::object(torch.attr(names[i])).release().ptr();
+        const char* names[] = {"float32", "bfloat16", "float16", "bool", "int32", "int64"};
+        for (int i = 0; i < 6; ++i) dtypes[i] = py::object(torch.attr(names[i])).release().ptr();
     }
 };
 
@@ -60,17 +60,14 @@ int64_t item(const py::object& tuple, int i) {
 
 }  // namespace
 
-TensorView view_of(py::handle tensor, const char* name, int dims, bool optional) {
+// All but the dtype, which decides how many bytes an element has.
+static TensorView read_view(py::handle tensor, const char* name, int dims, DType dtype) {
     TensorView view;
-    if (tensor.is_none()) {
-        if (!optional) refuse(std::string(name) + " is required");
-        return view;
-    }
+    view.dtype = dtype;
     if (get(tensor, known().is_cpu, name).ptr() != Py_True) refuse(std::string(name) + " must be a CPU tensor");
     if (checked(PyObject_CallMethodNoArgs(tensor.ptr(), known().is_neg)).ptr() == Py_True) {
         refuse(std::string(name) + " has the negative bit set; call resolve_neg() on it");
     }
-    view.dtype = dtype_of(tensor, name);
     const py::object shape = get(tensor, known().shape, name);
     const py::object strides = checked(PyObject_CallMethodNoArgs(tensor.ptr(), known().stride));
     if (!PyTuple_Check(shape.ptr()) || !PyTuple_Check(strides.ptr()) ||
@@ -109,6 +106,22 @@ TensorView view_of(py::handle tensor, const char* name, int dims, bool optional)
         view.data = &nothing;
     }
     return view;
+}
+
+TensorView view_of(py::handle tensor, const char* name, int dims, bool optional) {
+    if (!tensor.is_none()) return read_view(tensor, name, dims, dtype_of(tensor, name));
+    if (!optional) refuse(std::string(name) + " is required");
+    return TensorView();
+}
+
+TensorView view_as(py::handle tensor, const char* name, int dims, DType dtype) {
+    const py::object found = get(tensor, known().dtype, name);
+    const py::handle wanted = known().dtypes[static_cast<int>(dtype)];
+    if (!found.is(wanted)) {
+        throw py::type_error(std::string(name) + " has dtype " + std::string(py::str(found)) + ", expected " +
+                             std::string(py::str(wanted)));
+    }
+    return read_view(tensor, name, dims, dtype);
 }
 
 }  // namespace fastattn

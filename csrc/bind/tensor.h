@@ -12,6 +12,9 @@ namespace fastattn {
 // None gives an empty view where `optional`.
 TensorView view_of(pybind11::handle tensor, const char* name, int dims, bool optional = false);
 
+// The same for a tensor that must have this dtype.
+TensorView view_as(pybind11::handle tensor, const char* name, int dims, DType dtype);
+
 [[noreturn]] inline void refuse(const std::string& why) { throw pybind11::value_error(why); }
 
 }  // namespace fastattn

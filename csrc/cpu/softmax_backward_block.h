@@ -141,7 +141,7 @@ class BackwardSight {
             for (int64_t t = 0; t * kTile < rows; ++t) {
                 const TileRun* run = find(b, h, i0 / kTile + t, tile);
                 hole[t] = !run || run->first > tile;
-                if (!hole[t] && run->bits >= 0) words[t] = sight_.plan.words + run->bits;
+                if (!hole[t] && run->bits >= 0) words[t] = sight_.plan.words + run->bits * kTile;
                 nothing &= hole[t];
                 whole &= !hole[t] && !words[t];
             }
@@ -167,7 +167,7 @@ class BackwardSight {
    private:
     // The first run of a query tile that ends after key tile `tile`.
     const TileRun* find(int64_t b, int64_t h, int64_t q_tile, int64_t tile) const {
-        const int64_t* start = sight_.plan.row_start + sight_.plan.slice(b, h) * sight_.plan.q_tiles + q_tile;
+        const int32_t* start = sight_.plan.row_start + sight_.plan.slice(b, h) * sight_.plan.q_tiles + q_tile;
         int64_t low = start[0], high = start[1];
         while (low < high) {
             const int64_t middle = (low + high) / 2;

@@ -158,7 +158,7 @@ class Tiled {
                 x.add_full(tiles[slot]);
                 continue;
             }
-            const uint64_t* words = bits[slot] < 0 ? nullptr : sight_.plan.words + bits[slot];
+            const uint64_t* words = bits[slot] < 0 ? nullptr : sight_.plan.words + bits[slot] * kTile;
             for (int r = 0; r < x.rows; ++r) {
                 const uint64_t band = band_word(p_.lo, p_.hi, p_.Lk(), x.i[r], tiles[slot]);
                 x.tiles[x.count].bits[r] = words ? band & words[x.i[r] % 64] : band;

@@ -2,27 +2,26 @@
 
 #include <cmath>
 #include <cstring>
-#include <unordered_map>
 
 #include "fastattn/parallel.h"
+#include "fastattn/plan_builder.h"
 
 namespace fastattn {
 
-static int64_t tiles(int64_t n) { return (n + kTile - 1) / kTile; }
-
 TilePlanView::TilePlanView(const TilePlan& plan)
     : row_start(plan.row_start.data()),
-      column_start(plan.column_start.empty() ? nullptr : plan.column_start.data()),
+      column_start(plan.column_start.data()),
       rows(plan.rows.data()),
       columns(plan.columns.data()),
       words(plan.words.data()),
+      row_order(plan.row_order.data()),
+      column_order(plan.column_order.data()),
       batches(plan.batches),
       heads(plan.heads),
       q_tiles(plan.q_tiles),
       k_tiles(plan.k_tiles) {}
 
-// 64 bools of row (b, h, i) as bits; bools past Lk are 0.
-static uint64_t mask_word(const TensorView& mask, int64_t b, int64_t h, int64_t i, int64_t tile, int64_t Lk) {
+uint64_t mask_word(const TensorView& mask, int64_t b, int64_t h, int64_t i, int64_t tile, int64_t Lk) {
     const int64_t j0 = tile * kTile, n = Lk - j0 < kTile ? Lk - j0 : kTile, stride = mask.last_stride();
     const char* row = mask.row(b, h, i);
     const uint64_t all = n == kTile ? ~uint64_t{0} : (uint64_t{1} << n) - 1;
@@ -48,100 +47,10 @@ uint64_t visible_word(const SoftmaxParams& p, int64_t b, int64_t h, int64_t i, i
     return band && p.mask ? band & mask_word(p.mask, b, h, i, tile, p.Lk()) : band;
 }
 
-namespace {
-
-// Stores equal partial tiles once.
-class TileTable {
-   public:
-    explicit TileTable(std::vector<uint64_t>* words) : words_(words) {}
-    int64_t add(const uint64_t* tile) {
-        uint64_t hash = 0;
-        for (int64_t r = 0; r < kTile; ++r) hash = (hash ^ tile[r]) * 0x9e3779b97f4a7c15u + (hash >> 29);
-        const auto range = known_.equal_range(hash);
-        for (auto it = range.first; it != range.second; ++it) {
-            if (!std::memcmp(words_->data() + it->second, tile, kTile * 8)) return it->second;
-        }
-        const int64_t at = static_cast<int64_t>(words_->size());
-        words_->insert(words_->end(), tile, tile + kTile);
-        known_.emplace(hash, at);
-        return at;
-    }
-
-   private:
-    std::vector<uint64_t>* words_;
-    std::unordered_multimap<uint64_t, int64_t> known_;
-};
-
-void append(std::vector<TileRun>* runs, int64_t first_of_list, int32_t tile, int64_t bits) {
-    if (bits < 0 && static_cast<int64_t>(runs->size()) > first_of_list) {
-        TileRun& last = runs->back();
-        if (last.bits < 0 && last.first + last.count == tile) {
-            ++last.count;
-            return;
-        }
-    }
-    runs->push_back({tile, 1, bits});
-}
-
-// Columns of one slice from its rows: a counting pass per key tile over the expanded list.
-void transpose_slice(const TilePlan& plan, int64_t slice, std::vector<TileRun>* columns,
-                     std::vector<int64_t>* column_start) {
-    std::vector<std::vector<TileRun>> lists(static_cast<size_t>(plan.k_tiles));
-    for (int64_t t = 0; t < plan.q_tiles; ++t) {
-        const int64_t at = slice * plan.q_tiles + t;
-        for (int64_t run = plan.row_start[at]; run < plan.row_start[at + 1]; ++run) {
-            const TileRun& r = plan.rows[run];
-            for (int32_t k = r.first; k < r.first + r.count; ++k) append(&lists[k], 0, static_cast<int32_t>(t), r.bits);
-        }
-    }
-    for (const auto& list : lists) {
-        columns->insert(columns->end(), list.begin(), list.end());
-        column_start->push_back(static_cast<int64_t>(columns->size()));
-    }
-}
-
-}  // namespace
-
-TilePlan plan_from_mask(const TensorView& mask, int64_t Lq, int64_t Lk, bool with_columns, int threads) {
-    TilePlan plan;
-    plan.batches = mask.stride[0] == 0 ? 1 : mask.size[0];
-    plan.heads = mask.stride[1] == 0 ? 1 : mask.size[1];
-    plan.q_tiles = tiles(Lq);
-    plan.k_tiles = tiles(Lk);
-    const int64_t slices = plan.batches * plan.heads;
-    plan.row_start.push_back(0);
-    TileTable table(&plan.words);
-    std::vector<uint64_t> block(static_cast<size_t>(plan.k_tiles * kTile));
-    for (int64_t at = 0; at < slices * plan.q_tiles; ++at) {
-        const int64_t b = at / plan.q_tiles / plan.heads, h = at / plan.q_tiles % plan.heads, t = at % plan.q_tiles;
-        const int64_t rows = Lq - t * kTile < kTile ? Lq - t * kTile : kTile;
-        parallel_for(plan.k_tiles * rows > (1 << 12) ? threads : 1, rows, [&](int64_t r) {
-            for (int64_t k = 0; k < plan.k_tiles; ++k)
-                block[k * kTile + r] = mask_word(mask, b, h, t * kTile + r, k, Lk);
-        });
-        const int64_t first = static_cast<int64_t>(plan.rows.size());
-        for (int64_t k = 0; k < plan.k_tiles; ++k) {
-            uint64_t* tile = block.data() + k * kTile;
-            // Rows past Lq repeat the last one, keys past Lk count as seen: neither may make a tile partial.
-            for (int64_t r = rows; r < kTile; ++r) tile[r] = tile[rows - 1];
-            const int64_t keys = Lk - k * kTile < kTile ? Lk - k * kTile : kTile;
-            const uint64_t all = keys == kTile ? ~uint64_t{0} : (uint64_t{1} << keys) - 1;
-            uint64_t any = 0, every = all;
-            for (int64_t r = 0; r < kTile; ++r) {
-                any |= tile[r];
-                every &= tile[r];
-            }
-            if (any) append(&plan.rows, first, static_cast<int32_t>(k), every == all ? -1 : table.add(tile));
-        }
-        plan.row_start.push_back(static_cast<int64_t>(plan.rows.size()));
-    }
-    if (with_columns) {
-        plan.column_start.push_back(0);
-        for (int64_t slice = 0; slice < slices; ++slice) {
-            transpose_slice(plan, slice, &plan.columns, &plan.column_start);
-        }
-    }
-    return plan;
+TilePlan plan_from_mask(const TensorView& mask, int64_t Lq, int64_t Lk, int threads) {
+    PlanBuilder builder(mask.stride[0] == 0 ? 1 : mask.size[0], mask.stride[1] == 0 ? 1 : mask.size[1], Lq, Lk);
+    builder.add_mask(mask, threads);
+    return builder.finish(false);
 }
 
 // Bits of the keys whose bias is not -inf.
@@ -164,7 +73,7 @@ static uint64_t finite_word(const TensorView& bias, int64_t b, int64_t h, int64_
 
 std::unique_ptr<uint64_t[]> seen_keys(const SoftmaxParams& p) {
     if (!p.mask && !p.bias) return nullptr;
-    const int64_t words = tiles(p.Lk()), group = p.group();
+    const int64_t words = tile_count(p.Lk()), group = p.group();
     std::unique_ptr<uint64_t[]> seen(new uint64_t[static_cast<size_t>(p.B() * p.Hk() * words)]());
     parallel_for(p.threads, p.B() * p.Hk() * words, [&](int64_t task) {
         const int64_t b = task / words / p.Hk(), hk = task / words % p.Hk(), tile = task % words;
@@ -192,9 +101,9 @@ struct Sight::Owned {
     std::unique_ptr<uint64_t[]> seen;
 };
 
-Sight::Sight(const SoftmaxParams& p, int what) : words(tiles(p.Lk())), owned_(new Owned) {
-    if (p.mask && (what & (kRows | kColumns))) {
-        owned_->plan = plan_from_mask(p.mask, p.Lq(), p.Lk(), what & kColumns, p.threads);
+Sight::Sight(const SoftmaxParams& p, int what) : words(tile_count(p.Lk())), owned_(new Owned) {
+    if (p.mask && (what & kRows)) {
+        owned_->plan = plan_from_mask(p.mask, p.Lq(), p.Lk(), p.threads);
         plan = TilePlanView(owned_->plan);
     }
     if (what & kSeen) owned_->seen = seen_keys(p);

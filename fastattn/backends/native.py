@@ -1,8 +1,9 @@
-"""Backend "native": the C++ kernels of fastattn._C on CPU tensors."""
+"""Backend "native": the C++ kernels of fastattn._C on CPU tensors, and its builder of tile plans."""
 
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -79,3 +80,36 @@ def softmax_backward(dout, dlse, q, k, v, mask, bias, rng, out, parts, params: S
         params.scale, lo, hi, params.dropout_p, torch.get_num_threads(),
     )  # fmt: skip
     return dq, dk, dv, None if dbias is None else dbias.to(bias.dtype)
+
+
+def plan_of_rows(stretches, batches: int, heads: int, Lq: int, Lk: int) -> tuple[torch.Tensor, ...]:
+    """The seven tensors of a fastattn.masks.TilePlan, from (i0, i1, rows) in order: intervals lo, hi or words."""
+    assert _C is not None
+    builder = _C.PlanBuilder(batches, heads, Lq, Lk)
+    for i0, i1, rows in stretches:
+        if hasattr(rows, "words"):
+            builder.add_words(rows.words, i0, i1)
+        else:
+            builder.add_intervals(rows.lo, rows.hi, i0, i1)
+    return _plan_tensors(builder, batches * heads, Lq, Lk)
+
+
+def plan_of_mask(mask: torch.Tensor, Lq: int, Lk: int) -> tuple[torch.Tensor, ...]:
+    """The same from a bool tensor [B, H, Lq|1, Lk|1]."""
+    assert _C is not None
+    batches, heads = mask.shape[:2]
+    builder = _C.PlanBuilder(batches, heads, Lq, Lk)
+    builder.add_mask(mask, torch.get_num_threads())
+    return _plan_tensors(builder, batches * heads, Lq, Lk)
+
+
+def _plan_tensors(builder: Any, slices: int, Lq: int, Lk: int) -> tuple[torch.Tensor, ...]:
+    q_tiles, k_tiles = -(-Lq // 64), -(-Lk // 64)
+    rows, columns, partial = builder.finish()
+    shapes = ((slices * q_tiles + 1,), (rows, 3), (slices * k_tiles + 1,), (columns, 3))
+    row_start, rows, column_start, columns = (torch.empty(shape, dtype=torch.int32) for shape in shapes)
+    words = torch.empty(partial, 64, dtype=torch.int64)
+    orders = (torch.empty(slices, n, dtype=torch.int32) for n in (q_tiles, k_tiles))
+    tensors = (row_start, rows, column_start, columns, words, *orders)
+    builder.write(tensors)
+    return tensors

@@ -9,10 +9,21 @@
 
 namespace fastattn {
 
-enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kBool = 3 };
+// The last two are for plans of masks; no kernel computes in them.
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kBool = 3, kInt32 = 4, kInt64 = 5 };
 
 FASTATTN_INLINE int64_t element_size(DType dtype) {
-    return dtype == DType::kFloat32 ? 4 : dtype == DType::kBool ? 1 : 2;
+    switch (dtype) {
+        case DType::kFloat32:
+        case DType::kInt32:
+            return 4;
+        case DType::kInt64:
+            return 8;
+        case DType::kBool:
+            return 1;
+        default:
+            return 2;
+    }
 }
 
 // Four dimensions; strides in elements. A broadcast dimension has size 1 or stride 0.

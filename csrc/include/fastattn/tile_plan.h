@@ -10,26 +10,28 @@ namespace fastattn {
 
 constexpr int64_t kTile = 64;
 
-// `count` neighbouring tiles from `first` on: all full (bits < 0), or one partial tile whose rows are words[bits +
-// row].
+// `count` neighbouring tiles from `first` on, all full (bits < 0), or one partial tile whose rows are
+// words[bits * kTile + row]. Three int32, so that an int32 tensor [n, 3] is an array of these.
 struct TileRun {
-    int32_t first, count;
-    int64_t bits;
+    int32_t first, count, bits;
 };
+static_assert(sizeof(TileRun) == 12);
 
 // Runs of key tiles per query tile (rows) and of query tiles per key tile (columns), for each mask batch and head.
 struct TilePlan {
     int64_t batches = 0, heads = 0, q_tiles = 0, k_tiles = 0;
-    std::vector<int64_t> row_start, column_start;  // [batches * heads * tiles + 1]
+    std::vector<int32_t> row_start, column_start;  // [batches * heads * tiles + 1]
     std::vector<TileRun> rows, columns;
-    std::vector<uint64_t> words;  // [partial tiles][kTile], equal tiles stored once; bit j of a word is key j
+    std::vector<uint64_t> words;                   // [partial tiles][kTile], equal tiles once; bit j of a word is key j
+    std::vector<int32_t> row_order, column_order;  // [batches * heads][tiles]: tiles with most to visit first
 };
 
 // What kernels read: null pointers where every tile is full.
 struct TilePlanView {
-    const int64_t *row_start = nullptr, *column_start = nullptr;
+    const int32_t *row_start = nullptr, *column_start = nullptr;
     const TileRun *rows = nullptr, *columns = nullptr;
     const uint64_t* words = nullptr;
+    const int32_t *row_order = nullptr, *column_order = nullptr;
     int64_t batches = 1, heads = 1, q_tiles = 0, k_tiles = 0;
 
     TilePlanView() = default;
@@ -40,8 +42,13 @@ struct TilePlanView {
     }
 };
 
-// Plan of a bool mask [B|1, Hq|1, Lq|1, Lk|1] over Lq x Lk. Rows and columns alike: the transpose is for dK and dV.
-TilePlan plan_from_mask(const TensorView& mask, int64_t Lq, int64_t Lk, bool with_columns, int threads);
+FASTATTN_INLINE int64_t tile_count(int64_t n) { return (n + kTile - 1) / kTile; }
+
+// Plan of a bool mask [B|1, Hq|1, Lq|1, Lk|1] over Lq x Lk, rows only.
+TilePlan plan_from_mask(const TensorView& mask, int64_t Lq, int64_t Lk, int threads);
+
+// Bits of the 64 keys of a key tile that row i of (b, h) of a bool mask leaves; keys past Lk are 0.
+uint64_t mask_word(const TensorView& mask, int64_t b, int64_t h, int64_t i, int64_t tile, int64_t Lk);
 
 // Keys [64 * tile, 64 * tile + 64) that row i of (b, h) may see: mask, band and Lk together, as bits.
 uint64_t visible_word(const SoftmaxParams& p, int64_t b, int64_t h, int64_t i, int64_t tile);
@@ -71,7 +78,7 @@ FASTATTN_INLINE uint64_t band_word(int64_t lo, int64_t hi, int64_t Lk, int64_t i
 // Everything a call hides, built outside the ISA files so that no standard container is compiled into them.
 class Sight {
    public:
-    enum What { kSeen = 1, kRows = 2, kColumns = 4 };
+    enum What { kSeen = 1, kRows = 2 };
     Sight(const SoftmaxParams& p, int what);
     ~Sight();
     Sight(const Sight&) = delete;

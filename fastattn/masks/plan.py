@@ -1,0 +1,117 @@
+"""Tile plans: which 64 x 64 tiles of the scores a kernel visits, as tensors that pass through torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import ModuleType
+from typing import NamedTuple, Optional, Union
+
+import torch
+from torch import Tensor
+
+from .plan_torch import plan_tensors
+from .rows import TILE, Rows, pack, unpack
+
+
+class TilePlan(NamedTuple):
+    """For each slice (batch, head) and query tile the key tiles to visit, and the transpose. Empty tiles do not exist.
+
+    A list of tiles is a range of entries (first tile, count, bits): bits = -1 is `count` neighbouring full tiles,
+    bits >= 0 one partial tile whose rows are words[bits]. Entries are sorted by tile. Query tile t of slice s has the
+    entries row_start[s * q_tiles + t] to row_start[s * q_tiles + t + 1] of `rows`; columns hold query tiles likewise.
+    Bit j of a word is key j of the tile. Keys past Lk are 0 there and make no tile partial; rows past Lq repeat the
+    last one. Equal partial tiles are stored once, numbered as they first appear in `rows`.
+    """
+
+    row_start: Tensor  # int32 [slices * q_tiles + 1]
+    rows: Tensor  # int32 [n, 3]
+    column_start: Tensor  # int32 [slices * k_tiles + 1]
+    columns: Tensor  # int32 [m, 3]
+    words: Tensor  # int64 [partial tiles, 64]
+    row_order: Tensor  # int32 [slices, q_tiles]: tiles with most to visit first, equal ones in order
+    column_order: Tensor  # int32 [slices, k_tiles]
+    batches: int
+    heads: int
+    Lq: int
+    Lk: int
+    tile: int
+
+    def to(self, device: Union[str, torch.device]) -> TilePlan:
+        """The same plan with its tensors on `device`."""
+        return _plan(tuple(field.to(device) for field in self if isinstance(field, Tensor)), *self[7:11])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(field.nbytes for field in self if isinstance(field, Tensor))
+
+    def tiles(self) -> Tensor:
+        """int32 [batches, heads, q_tiles, k_tiles]: -2 empty, -1 full, else the index of the tile's words."""
+        q_tiles, k_tiles = self.row_order.shape[1], self.column_order.shape[1]
+        first, count, bits = self.rows.long().unbind(1)
+        entries = self.row_start.long().diff()
+        list_of_entry = torch.repeat_interleave(torch.arange(len(entries), device=entries.device), entries)
+        entry = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
+        within = torch.arange(len(entry), device=entry.device) - (count.cumsum(0) - count)[entry]
+        tiles = torch.full((self.batches * self.heads * q_tiles, k_tiles), -2, device=entry.device, dtype=torch.int32)
+        tiles[list_of_entry[entry], first[entry] + within] = bits[entry].to(torch.int32)
+        return tiles.view(self.batches, self.heads, q_tiles, k_tiles)
+
+    def to_dense(self) -> Tensor:
+        """bool [batches, heads, Lq, Lk], from the plan's tensors alone."""
+        kinds = self.tiles()
+        B, H, q_tiles, k_tiles = kinds.shape
+        ones = torch.full((1, TILE), -1, dtype=torch.int64, device=kinds.device)
+        # Indices -2 and -1, empty and full, count from the end.
+        table = torch.cat((self.words, torch.zeros_like(ones), ones))
+        tiles = unpack(table[kinds.long()][..., None], TILE)  # [B, H, q_tiles, k_tiles, 64, 64]
+        dense = tiles.transpose(3, 4).reshape(B, H, q_tiles * TILE, k_tiles * TILE)
+        return dense[:, :, : self.Lq, : self.Lk].contiguous()
+
+    def __repr__(self) -> str:
+        return (
+            f"TilePlan({self.batches} x {self.heads}, Lq {self.Lq}, Lk {self.Lk}: {len(self.rows)} runs, "
+            f"{len(self.words)} bit tiles, {self.nbytes} bytes on {self.rows.device})"
+        )
+
+
+def build_plan(
+    stretches: Iterable[tuple[int, int, Rows]], batches: int, heads: int, Lq: int, Lk: int, native: bool = True
+) -> TilePlan:
+    """The plan of rows given in order, in whole tiles: by the native core if there is one, else (or if not `native`) by torch."""
+    core = _core() if native else None
+    build = plan_tensors if core is None else core.plan_of_rows
+    return _plan(build(stretches, batches, heads, Lq, Lk), batches, heads, Lq, Lk)
+
+
+def plan_from_dense(visible: Tensor, Lq: int, Lk: int, native: bool = True) -> TilePlan:
+    """The plan of a CPU bool tensor [B|1, H|1, Lq|1, Lk|1], read once; batches and heads that it expands count as one."""
+    B, H = (1 if visible.stride(d) == 0 else visible.shape[d] for d in (0, 1))
+    visible = visible[:B, :H]
+    core = _core() if native else None
+    if core is None:
+        stretches = (
+            (
+                i,
+                min(i + TILE, Lq),
+                pack(visible[:, :, i : i + TILE if visible.shape[2] > 1 else None].expand(-1, -1, -1, Lk)),
+            )
+            for i in range(0, Lq, TILE)
+        )
+        tensors = plan_tensors(stretches, B, H, Lq, Lk)
+    else:
+        tensors = core.plan_of_mask(visible, Lq, Lk)
+    return _plan(tensors, B, H, Lq, Lk)
+
+
+def _plan(tensors: tuple[Tensor, ...], batches: int, heads: int, Lq: int, Lk: int) -> TilePlan:
+    row_start, rows, column_start, columns, words, row_order, column_order = tensors
+    return TilePlan(
+        row_start, rows, column_start, columns, words, row_order, column_order, batches, heads, Lq, Lk, TILE
+    )
+
+
+def _core() -> Optional[ModuleType]:
+    """The one door to the native library: imported at the first plan, None where it is missing."""
+    import fastattn.backends.native as native
+
+    return native if native.status() is None else None
