@@ -1,5 +1,6 @@
 """Fused attention for every machine: a drop-in for torch's attention calls that says which kernel ran, and why."""
 
+from . import masks
 from ._version import __version__
 from .dispatch import Explanation, UnsupportedError
 from .dropin import disable, enable, patched, scaled_dot_product_attention
@@ -13,6 +14,7 @@ __all__ = [
     "disable",
     "enable",
     "explain",
+    "masks",
     "patched",
     "scaled_dot_product_attention",
 ]

@@ -100,6 +100,7 @@ struct PlanBuilder::State {
     std::vector<uint64_t> block;
     std::vector<int32_t> lo, hi;  // [rows][R] of one query tile
     std::vector<Change> changes;
+    int64_t behind[kTile];
 
     uint64_t all(int64_t tile) const { return low_bits(Lk - tile * kTile); }
     int64_t rows(int64_t t) const { return std::min(kTile, Lq - t * kTile); }
@@ -186,14 +187,17 @@ void PlanBuilder::State::read_intervals(const TensorView& lo_view, const TensorV
     std::sort(changes.begin(), changes.end(), [](const Change& a, const Change& b) { return a.tile < b.tile; });
 }
 
+// Called for increasing k: each row remembers how many of its intervals lie behind.
 void PlanBuilder::State::add_partial(Slice* slice, int64_t rows, int64_t R, int64_t k) {
     uint64_t tile[kTile];
     const int64_t j0 = k * kTile;
     for (int64_t r = 0; r < rows; ++r) {
+        const int32_t *from = lo.data() + r * R, *to = hi.data() + r * R;
+        int64_t& c = behind[r];
+        while (c < R && to[c] <= j0) ++c;
         uint64_t word = 0;
-        for (int64_t c = 0; c < R && lo[r * R + c] < j0 + kTile; ++c) {
-            if (hi[r * R + c] > j0)
-                word |= low_bits(hi[r * R + c] - j0) & ~low_bits(std::max<int64_t>(lo[r * R + c] - j0, 0));
+        for (int64_t at = c; at < R && from[at] < j0 + kTile; ++at) {
+            word |= low_bits(to[at] - j0) & ~low_bits(std::max<int64_t>(from[at] - j0, 0));
         }
         tile[r] = word;
     }
@@ -204,6 +208,7 @@ void PlanBuilder::State::add_partial(Slice* slice, int64_t rows, int64_t R, int6
 // Between two changes all key tiles are touched and covered by the same number of rows.
 void PlanBuilder::State::add_interval_tile(Slice* slice, int64_t rows, int64_t R) {
     int64_t touching = 0, covering = 0;
+    std::fill(behind, behind + kTile, 0);
     for (size_t at = 0; at < changes.size();) {
         const int32_t first = changes[at].tile;
         for (; at < changes.size() && changes[at].tile == first; ++at) {

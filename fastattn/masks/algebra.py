@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import data
 from .plan import TilePlan, build_plan
-from .rows import MAX_INTERVALS, TILE, Rows, complement, intersect, to_bool, unite, visible_keys
+from .rows import TILE, Rows, complement, intersect, most_intervals, to_bool, unite, visible_keys
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,7 +44,7 @@ class Mask:
         raise NotImplementedError
 
     def interval_bound(self, Lq: int, Lk: int) -> int:
-        """An upper bound of intervals per row; over MAX_INTERVALS, rows may come as bits."""
+        """An upper bound of intervals per row; over most_intervals(Lk), rows may come as bits."""
         return 1
 
     def refuse_lengths(self, Lq: int, Lk: int) -> None:
@@ -170,7 +170,7 @@ class Mask:
     def _stretches(self, Lq: int, Lk: int) -> Iterator[tuple[int, int, Rows]]:
         """(i0, i1, rows) for whole tiles of queries, as many at once as fit a small piece of memory."""
         bound = self.interval_bound(Lq, Lk)
-        per_row = self.shape[0] * self.shape[1] * (bound if bound <= MAX_INTERVALS else -(-Lk // 64))
+        per_row = self.shape[0] * self.shape[1] * (bound if bound <= most_intervals(Lk) else -(-Lk // 64))
         step = TILE * max(1, _STRETCH // max(per_row, 1) // TILE)
         for i0 in range(0, Lq, step):
             i1 = min(i0 + step, Lq)

@@ -21,6 +21,14 @@ def owned(name: str, value: Any, dims: Sequence[int]) -> Tensor:
             raise TypeError(f"{name} must be a tensor or a list of numbers: {error}") from None
         if value.numel() == 0 and value.dtype == torch.float32:
             value = value.long()
+    refuse_foreign(name, value, dims)
+    return value.detach().clone(memory_format=torch.contiguous_format)
+
+
+def refuse_foreign(name: str, value: Any, dims: Sequence[int]) -> None:
+    """Unless it is a dense CPU tensor with one of these numbers of dimensions."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.device.type != "cpu":
         raise ValueError(f"{name} is on {value.device}; mask data lives on the CPU: pass {name}.cpu(), and move plans")
     if value.layout != torch.strided or value.is_nested:
@@ -28,7 +36,6 @@ def owned(name: str, value: Any, dims: Sequence[int]) -> Tensor:
     if value.dim() not in dims:
         wanted = " or ".join(map(str, dims))
         raise ValueError(f"{name} must have {wanted} dimensions, got shape {list(value.shape)}")
-    return value.detach().clone(memory_format=torch.contiguous_format)
 
 
 def integers(name: str, value: Any, dims: Sequence[int]) -> Tensor:

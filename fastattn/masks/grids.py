@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Optional, Union
 
 import torch
@@ -14,12 +15,12 @@ from . import data
 from .algebra import Mask
 from .patterns import refuse_length, window
 from .rows import (
-    MAX_INTERVALS,
     Intervals,
     Rows,
     Words,
     compact,
     intersect,
+    most_intervals,
     pack,
     settle,
     table_of,
@@ -52,11 +53,20 @@ class global_tokens(Mask):
         return int((self.tokens.diff() > 1).sum()) + 1
 
     def rows(self, Lq: int, Lk: int, i0: int, i1: int) -> Rows:
-        visible = torch.zeros(2, Lk, dtype=torch.bool)
-        visible[0, self.tokens.long()] = True
-        visible[1] = True
+        table = self._tables.get(Lk)
+        if table is None:
+            visible = torch.stack((torch.zeros(Lk, dtype=torch.bool), torch.ones(Lk, dtype=torch.bool)))
+            visible[0, self.tokens.long()] = True
+            table = table_of(visible[None, None])
+            self._tables.clear()
+            self._tables[Lk] = table
         is_global = torch.isin(torch.arange(i0, i1) + Lk - Lq, self.tokens)
-        return take(table_of(visible[None, None]), is_global.long())
+        return take(table, is_global.long())
+
+    @cached_property
+    def _tables(self) -> dict[int, Rows]:
+        """For the length used last, what other and what global tokens see."""
+        return {}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -79,14 +89,22 @@ class dilated(Mask):
         return window_sides((self.within, self.within) if isinstance(self.within, int) else self.within)
 
     def interval_bound(self, Lq: int, Lk: int) -> int:
-        return 1 if self.step == 1 else MAX_INTERVALS + 1
+        left, right = self._sides
+        reach = Lk if left is None or right is None else min(Lk, left + right + 1)
+        return 1 if self.step == 1 else reach // self.step + 1
 
     def rows(self, Lq: int, Lk: int, i0: int, i1: int) -> Rows:
         band = window(*self._sides).rows(Lq, Lk, i0, i1)
+        assert isinstance(band, Intervals)
         if self.step == 1:
             return band
+        at, most = torch.arange(i0, i1) + Lk - Lq, self.interval_bound(Lq, Lk)
+        if most <= most_intervals(Lk):
+            first = band.lo + (at[:, None] - band.lo) % self.step
+            keys = first + self.step * torch.arange(most)
+            return compact(keys, torch.where(keys < band.hi, keys + 1, keys), Lk)
         # The keys of a row depend on its place modulo step alone.
-        residues, index = ((torch.arange(i0, i1) + Lk - Lq) % self.step).unique(return_inverse=True)
+        residues, index = (at % self.step).unique(return_inverse=True)
         multiples = pack((torch.arange(Lk) % self.step == residues[:, None])[None, None])
         return intersect(take(multiples, index), band)
 
@@ -268,7 +286,7 @@ class neighborhood(Mask):
         return bound
 
     def rows(self, Lq: int, Lk: int, i0: int, i1: int) -> Rows:
-        if self.interval_bound(Lq, Lk) > MAX_INTERVALS:
+        if self.interval_bound(Lq, Lk) > most_intervals(Lk):
             return self._bits(i0, i1)
         first = torch.zeros(i1 - i0, 1, dtype=torch.int64)
         for at, (size, kernel, dilation) in zip(self._places(i0, i1), self._dimensions):

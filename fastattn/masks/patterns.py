@@ -13,7 +13,7 @@ from ..checks import window_sides
 from ..params import CAUSAL_BOTTOM_RIGHT, CAUSAL_TOP_LEFT
 from . import data
 from .algebra import Mask
-from .rows import MAX_INTERVALS, TILE, Rows, Words, all_keys, interval, pack, settle, table_of, visible_keys
+from .rows import TILE, Rows, Words, all_keys, interval, most_intervals, pack, settle, table_of, visible_keys
 
 
 def queries(i0: int, i1: int) -> Tensor:
@@ -211,14 +211,18 @@ class packed_bits(Mask):
         refuse_length(self, "Lk", Lk, self.Lk)
 
     def interval_bound(self, Lq: int, Lk: int) -> int:
-        return MAX_INTERVALS + 1
+        return most_intervals(Lk) + 1
 
     def rows(self, Lq: int, Lk: int, i0: int, i1: int) -> Rows:
         return Words(self.words if self.words.shape[2] == 1 else self.words[:, :, i0:i1], Lk)
 
     def __repr__(self) -> str:
         B, H, Lq, _ = self.words.shape
-        return f"dense(<bool {B}x{H}x{Lq}x{self.Lk}, {visible_keys(Words(self.words, self.Lk))} visible>)"
+        return f"dense(<bool {B}x{H}x{Lq}x{self.Lk}, {self._visible} visible>)"
+
+    @cached_property
+    def _visible(self) -> int:
+        return visible_keys(Words(self.words, self.Lk))
 
 
 def dense(visible: Tensor) -> Mask:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 TILE = 64  # also the bits of a word
-MAX_INTERVALS = 16  # a row of more intervals takes more memory and time than its bits at the lengths in use
 _PACK = 0x0102040810204080  # collects the low bits of 8 bytes in the top byte of their product
 
 
@@ -36,6 +35,11 @@ class Words(NamedTuple):
 Rows = Union[Intervals, Words]
 
 
+def most_intervals(Lk: int) -> int:
+    """Rows of more intervals than this are kept as bits, which cost less from there on."""
+    return max(16, Lk // 256)
+
+
 def interval(lo: Tensor, hi: Tensor, Lk: int) -> Intervals:
     """One interval per row, clamped to the keys there are; empty where hi <= lo. Shapes [B|1, H|1, rows|1]."""
     lo, hi = torch.broadcast_tensors(lo.clamp(0, Lk), hi.clamp(0, Lk))
@@ -59,7 +63,7 @@ def settle(lo: Tensor, hi: Tensor, Lk: int) -> Rows:
 
 
 def _settled(rows: Intervals) -> Rows:
-    return to_words(rows) if rows.lo.shape[-1] > MAX_INTERVALS else rows
+    return to_words(rows) if rows.lo.shape[-1] > most_intervals(rows.Lk) else rows
 
 
 def _sweep(lo: Tensor, hi: Tensor, Lk: int, depth: int) -> Intervals:
@@ -88,7 +92,7 @@ def table_of(visible: Tensor) -> Rows:
     nothing = torch.zeros_like(visible[..., :1])
     change = torch.cat((nothing, visible), -1) != torch.cat((visible, nothing), -1)
     most = int(change.sum(-1).max()) // 2 if change.numel() else 0
-    if most > MAX_INTERVALS:
+    if most > most_intervals(Lk):
         return pack(visible)
     row, key = change.flatten(0, 2).nonzero().unbind(1)  # begin, end, begin, end, ... of each row
     rows = change.shape[:3].numel()
@@ -105,6 +109,35 @@ def take(a: Rows, index: Tensor) -> Rows:
     if isinstance(a, Words):
         return Words(a.words[:, :, index], a.Lk)
     return Intervals(a.lo[:, :, index], a.hi[:, :, index], a.Lk)
+
+
+def join(stretches: list[Rows]) -> Rows:
+    """Rows given a stretch at a time (at least one) as one; a single stretch may hold one row for all."""
+    if len(stretches) == 1:
+        return stretches[0]
+    Lk = stretches[0].Lk
+    few = [rows for rows in stretches if isinstance(rows, Intervals)]
+    if len(few) == len(stretches):
+        few = [_wider(rows, max(r.lo.shape[-1] for r in few)) for rows in few]
+        return Intervals(torch.cat([rows.lo for rows in few], 2), torch.cat([rows.hi for rows in few], 2), Lk)
+    return Words(torch.cat([to_words(rows).words for rows in stretches], 2), Lk)
+
+
+def same_rows(a: Rows, b: Rows) -> bool:
+    """Whether both see the same pairs, dimensions of 1 broadcast."""
+    if isinstance(a, Intervals) and isinstance(b, Intervals):
+        most = max(a.lo.shape[-1], b.lo.shape[-1])
+        pairs = zip(_wider(a, most)[:2], _wider(b, most)[:2])
+    else:
+        pairs = zip(to_words(a)[:1], to_words(b)[:1])
+    return all(bool((x == y).all()) for x, y in pairs)
+
+
+def _wider(rows: Intervals, R: int) -> Intervals:
+    """With unused slots up to R."""
+    pad = (0, R - rows.lo.shape[-1])
+    lo, hi = (torch.nn.functional.pad(ends, pad, value=rows.Lk) for ends in (rows.lo, rows.hi))
+    return Intervals(lo, hi, rows.Lk)
 
 
 def intersect(a: Rows, b: Rows) -> Rows:
@@ -175,6 +208,8 @@ def visible_keys(a: Rows) -> int:
     """How many (row, key) pairs are visible."""
     if isinstance(a, Intervals):
         return int((a.hi.long() - a.lo).sum())
-    eighths = a.words.view(torch.uint8)
-    ones = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.uint8)
-    return int(ones[eighths.long()].sum(dtype=torch.int64))
+    # Sums of 2, 4 and 8 bits side by side; masks drop what the arithmetic shifts pull in.
+    n = a.words - ((a.words >> 1) & 0x5555555555555555)
+    n = (n & 0x3333333333333333) + ((n >> 2) & 0x3333333333333333)
+    n = (n + (n >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return int(((n * 0x0101010101010101 >> 56) & 255).sum())

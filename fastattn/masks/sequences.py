@@ -14,7 +14,7 @@ from ..params import CAUSAL_NONE, CAUSAL_TOP_LEFT
 from . import data
 from .algebra import Mask
 from .patterns import refuse_length
-from .rows import MAX_INTERVALS, Rows, compact, interval, pack
+from .rows import Rows, compact, interval, most_intervals, pack
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -69,7 +69,7 @@ class documents(Mask):
     def rows(self, Lq: int, Lk: int, i0: int, i1: int) -> Rows:
         q, k = self._ids
         most = self.interval_bound(Lq, Lk)
-        if most > MAX_INTERVALS:
+        if most > most_intervals(Lk):
             return pack(q[:, :, i0:i1, None] == k[:, :, None])
         i = torch.arange(i0, i1)
         bounds = torch.full((2, len(self._pieces), len(i), most), Lk, dtype=torch.int32)
@@ -215,7 +215,7 @@ class tree(Mask):
         refuse_length(self, "Lk", Lk, self.context + len(self.parents))
 
     def interval_bound(self, Lq: int, Lk: int) -> int:
-        return MAX_INTERVALS + 1
+        return most_intervals(Lk) + 1
 
     def rows(self, Lq: int, Lk: int, i0: int, i1: int) -> Rows:
         enter, leave = self._visits
