@@ -89,14 +89,12 @@ def plan_from_dense(visible: Tensor, Lq: int, Lk: int, native: bool = True) -> T
     visible = visible[:B, :H]
     core = _core() if native else None
     if core is None:
-        stretches = (
-            (
-                i,
-                min(i + TILE, Lq),
-                pack(visible[:, :, i : i + TILE if visible.shape[2] > 1 else None].expand(-1, -1, -1, Lk)),
-            )
-            for i in range(0, Lq, TILE)
-        )
+        own_rows = visible.shape[2] > 1
+
+        def rows(i: int) -> Rows:
+            return pack((visible[:, :, i : i + TILE] if own_rows else visible).expand(-1, -1, -1, Lk))
+
+        stretches = ((i, min(i + TILE, Lq), rows(i)) for i in range(0, Lq, TILE))
         tensors = plan_tensors(stretches, B, H, Lq, Lk)
     else:
         tensors = core.plan_of_mask(visible, Lq, Lk)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .algebra import Mask
 
 PICTURE_LIMIT = 128
-TOKEN_LIMIT = 1024  # up to here single pairs are drawn inside partial tiles
+TOKEN_LIMIT = 512  # up to here single pairs are drawn inside partial tiles
 TILE_LIMIT = 4096
 EMPTY, HIDDEN, VISIBLE, FULL = range(4)
 COLOURS = ("#ffffff", "#fde8c8", "#f0932b", "#1f5fa8")
@@ -37,15 +37,14 @@ def plot(mask: Mask, Lq: int, Lk: int, batch: int, head: int, ax: Optional[Axes]
         from matplotlib.patches import Patch
     except ImportError as error:
         raise ImportError(f"plot needs matplotlib: pip install 'fastattn[plot]' ({error})") from None
-    at = _slice(mask, batch, head)
+    at, plan = _slice(mask, batch, head), mask.plan(Lq, Lk)
     if max(Lq, Lk) > TILE_LIMIT * TILE:
         raise ValueError(f"plot takes lengths up to {TILE_LIMIT * TILE}, got {Lq} x {Lk}")
-    plan = mask.plan(Lq, Lk)
     image = _image(plan, plan.tiles()[at], by_token=max(Lq, Lk) <= TOKEN_LIMIT)
     if ax is None:
         ax = pyplot.subplots(figsize=(4.8, 4.8), layout="constrained")[1]
     ax.imshow(
-        image.tolist(), cmap=ListedColormap(COLOURS), vmin=0, vmax=FULL, interpolation="nearest", extent=(0, Lk, Lq, 0)
+        image.tolist(), cmap=ListedColormap(COLOURS), vmin=0, vmax=FULL, extent=(0, Lk, Lq, 0), interpolation="nearest"
     )
     ax.set_xlabel("key")
     ax.set_ylabel("query")

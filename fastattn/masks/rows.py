@@ -186,6 +186,8 @@ def to_words(a: Rows) -> Words:
 def pack(visible: Tensor) -> Words:
     """Words of a bool tensor [B|1, H|1, rows|1, Lk]."""
     Lk = visible.shape[-1]
+    if Lk == 0:
+        return Words(visible.long(), 0)
     padded = torch.nn.functional.pad(visible, (0, -Lk % 64)).contiguous()
     # Multiplication wraps around, which torch's int64 does; the arithmetic shift is masked.
     eighths = (padded.view(torch.uint8).view(torch.int64) * _PACK >> 56) & 255
