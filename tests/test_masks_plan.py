@@ -13,6 +13,7 @@ from test_masks import BUILDERS, assert_same_plan
 from fastattn import masks
 from fastattn.backends import native
 from fastattn.masks import TilePlan, plan_from_dense
+from fastattn.masks.plan import build_plan
 
 needs_core = pytest.mark.skipif(native._C is None, reason=f"native: {native.status()}")
 MASK = masks.causal() & masks.documents(torch.arange(300) // 70) | masks.prefix(5)
@@ -95,6 +96,11 @@ def test_builder_refuses_rows_it_cannot_hold():
     for lo, hi in (([-1], [5]), ([3], [101]), ([5], [3]), ([5, 0], [7, 2]), ([0, 4], [5, 9]), ([2**30], [2**31 - 1])):
         with pytest.raises(ValueError, match="sorted, disjoint and within"):
             build(lo, hi)
+    refused = native._C.PlanBuilder(1, 1, 70, 100)
+    with pytest.raises(ValueError, match="sorted"):
+        refused.add_intervals(*torch.tensor([[5], [3]], dtype=torch.int32).view(2, 1, 1, 1, 1), 0, 70)
+    with pytest.raises(ValueError, match="missing"):
+        refused.finish()
     for i0, i1 in ((64, 70), (0, 10), (0, 71), (10, 70), (70, 0), (-64, 0)):
         with pytest.raises(ValueError):
             build([0], [5], i0, i1)
@@ -175,9 +181,21 @@ def test_equal_tiles_are_stored_once(L, tiles):
 
 @pytest.mark.parametrize("Lq, Lk", [(0, 0), (0, 70), (70, 0)])
 @pytest.mark.parametrize("own", BUILDERS)
-def test_empty_lengths(Lq, Lk, own, monkeypatch):
-    for mask in (masks.causal(), ~masks.full(), masks.dilated(3), masks.prefix(0) | masks.window(2, 2)):
-        plan = mask.plan(Lq, Lk)
+def test_empty_lengths(Lq, Lk, own):
+    ids_q, ids_k = torch.zeros(Lq, dtype=torch.int64), torch.zeros(Lk, dtype=torch.int64)
+    for mask in (
+        masks.causal(),
+        ~masks.full(),
+        masks.dilated(3) | masks.strided(100),
+        masks.prefix(0) | masks.window(2, 2),
+        masks.documents(ids_q, ids_k),
+        masks.from_cu_seqlens([0, Lq], [0, Lk], causal=True),
+        masks.bigbird(16) & masks.longformer(3) & masks.global_tokens([]),
+        masks.key_padding([0]) | masks.key_padding(ids_k == 0),
+        masks.blocks(torch.ones(-(-Lq // 16), -(-Lk // 16), dtype=torch.bool), 16) & masks.full(),
+        masks.dense(torch.ones(Lq, Lk, dtype=torch.bool)),
+    ):
+        plan = build_plan(mask._stretches(Lq, Lk), *mask.shape, Lq, Lk, native=own)
         assert plan.to_dense().shape == mask.to_dense(Lq, Lk).shape == (1, 1, Lq, Lk)
         assert len(plan.rows) == len(plan.columns) == 0 and mask.density(Lq, Lk) == 0
         if native._C is not None:

@@ -332,7 +332,10 @@ void PlanBuilder::State::number_in_order() {
 
 TilePlan PlanBuilder::finish(bool complete) {
     State& s = *state_;
-    if (s.next != s.Lq) throw std::invalid_argument("rows are missing");
+    for (const State::Slice& slice : s.slices) {
+        // Also after rows that were refused, or a first finish.
+        if (static_cast<int64_t>(slice.ends.size()) != s.q_tiles) throw std::invalid_argument("rows are missing");
+    }
     s.number_in_order();
     TilePlan plan;
     plan.batches = s.batches;

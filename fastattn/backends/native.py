@@ -105,11 +105,10 @@ def plan_of_mask(mask: torch.Tensor, Lq: int, Lk: int) -> tuple[torch.Tensor, ..
 
 def _plan_tensors(builder: Any, slices: int, Lq: int, Lk: int) -> tuple[torch.Tensor, ...]:
     q_tiles, k_tiles = -(-Lq // 64), -(-Lk // 64)
-    rows, columns, partial = builder.finish()
-    shapes = ((slices * q_tiles + 1,), (rows, 3), (slices * k_tiles + 1,), (columns, 3))
-    row_start, rows, column_start, columns = (torch.empty(shape, dtype=torch.int32) for shape in shapes)
-    words = torch.empty(partial, 64, dtype=torch.int64)
-    orders = (torch.empty(slices, n, dtype=torch.int32) for n in (q_tiles, k_tiles))
-    tensors = (row_start, rows, column_start, columns, words, *orders)
+    n_rows, n_columns, n_words = builder.finish()
+    shapes = (slices * q_tiles + 1,), (n_rows, 3), (slices * k_tiles + 1,), (n_columns, 3)
+    runs = [torch.empty(shape, dtype=torch.int32) for shape in shapes]
+    orders = [torch.empty(slices, n, dtype=torch.int32) for n in (q_tiles, k_tiles)]
+    tensors = (*runs, torch.empty(n_words, 64, dtype=torch.int64), *orders)
     builder.write(tensors)
     return tensors

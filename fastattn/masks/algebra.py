@@ -89,12 +89,12 @@ class Mask:
 
         Errors: ValueError for lengths that the pattern does not allow, or another tile.
         """
-        self._refuse(Lq, Lk)
         if tile != TILE:
             raise ValueError(f"tile must be {TILE}, got {tile!r}")
         plans, key = self._plans, (Lq, Lk, str(device))
         plan = plans.get(key)
         if plan is None:
+            self._refuse(Lq, Lk)
             plan = plans.get((Lq, Lk, "cpu")) or build_plan(self._stretches(Lq, Lk), *self.shape, Lq, Lk)
             plan = plan.to(device)
             for oldest in list(plans)[: 1 + len(plans) - _PLANS]:
