@@ -184,6 +184,8 @@ def _joined(kind: type[Union[And, Or]], a: Mask, b: Mask) -> tuple[Mask, ...]:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class _Combined(Mask):
+    """Of `masks`, whose batches and heads broadcast."""
+
     masks: tuple[Mask, ...]
 
     def __post_init__(self) -> None:
