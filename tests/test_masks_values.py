@@ -236,6 +236,12 @@ def test_malformed_json_is_refused(name):
     assert str(refusal.value)
 
 
+def test_a_user_cannot_take_the_name_of_a_pattern():
+    stored = masks.full().to_dict()
+    assert type("full", (Mask,), {})().to_dict() == stored
+    assert Mask.from_dict(stored) == masks.full()
+
+
 def test_picture():
     mask = masks.causal() & masks.window(1, None) | masks.prefix(1)
     assert mask.picture(3, 4) == "##..\n###.\n#.##"

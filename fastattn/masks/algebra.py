@@ -34,8 +34,9 @@ class Mask:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        # A pattern of a user cannot take the name of one of ours.
         if not cls.__name__.startswith("_"):
-            _kinds[cls.__name__] = cls
+            _kinds.setdefault(cls.__name__, cls)
 
     # What a pattern defines.
 
