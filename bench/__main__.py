@@ -12,12 +12,12 @@ import torch
 
 import fastattn
 
-from . import environment, gpt, memory, runner, table
+from . import environment, gpt, mask_building, memory, runner, table
 from .case import Case
 from .cases import all_cases
 
-PRESETS = ("quick", "cpu", "model", "gpu")
-SECONDS_PER_CASE = {"quick": 1.0, "cpu": 2.0, "model": 0.0, "gpu": 1.0}
+PRESETS = ("quick", "cpu", "masks", "model", "gpu")
+SECONDS_PER_CASE = {"quick": 1.0, "cpu": 2.0, "masks": 2.0, "model": 0.0, "gpu": 1.0}
 MEMORY_TIMEOUT = 45.0
 
 
@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
         "results": [],
         "memory": None,
         "gpt": [],
+        "mask_building": [],
         "interrupted": False,
     }
     print("\n".join(environment.lines(report["environment"])))
@@ -88,6 +89,9 @@ def run(args: argparse.Namespace) -> int:
         if args.case is None and args.preset == "cpu":
             report["memory"] = memory.measure(MEMORY_TIMEOUT, threads, args.backend)
             table.memory(report["memory"])
+        if args.case is None and args.preset == "masks":
+            report["mask_building"] = mask_building.measure()
+            table.mask_building(report["mask_building"])
         if args.case is None and args.preset in ("cpu", "model"):
             for config in gpt.CONFIGS:
                 say(f"\nTraining a GPT on real text, {gpt.precision(config)}")

@@ -41,3 +41,4 @@ class Implementation:
     kernel: Callable[[Any], str] = lambda inputs: ""  # which kernel runs, in words
     threads: int | None = None  # None: as many as the run has
     peer: bool = False  # someone else's code: whatever it raises means "n/a", not "broken"
+    other: bool = False  # a yardstick of time that computes something else: it is not checked

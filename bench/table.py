@@ -160,6 +160,22 @@ def memory(report: dict[str, Any]) -> None:
     print(f"  {report['seconds']:.1f} s")
 
 
+def mask_building(report: list[dict[str, Any]]) -> None:
+    rows: list[list[Cell]] = []
+    for entry in report:
+        ours, flex = entry["ms"]["fastattn"], entry["ms"].get("flex")
+        cells = [
+            f"{entry['length']} tokens",
+            f"{ours:.2f}",
+            "n/a" if flex is None else f"{flex:.1f}",
+            f"{entry['plan_bytes'] / 2**20:.2f}",
+            f"{entry['runs']} runs, {entry['bit_tiles']} bit tiles",
+        ]
+        rows.append([(cell, "") for cell in cells])
+    header = ["causal & documents & window", "ours ms", "flex ms", "plan MiB", "plan"]
+    show("Building a mask, one thread; flex = create_block_mask without compiling", header, rows)
+
+
 def gpt(report: dict[str, Any]) -> None:
     config, loss, speed, written = (report[name] for name in ("config", "loss", "tokens_per_second", "generated"))
     curves = "agree" if report["loss_agrees"] else "DISAGREE"

@@ -14,40 +14,36 @@ class PlanBuilder:
 def check_plan(plan: tuple[Tensor | int, ...], /) -> None: ...
 def is_decode(Lq: int, group: int, Lk: int) -> bool: ...
 def softmax_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    rng: Tensor | None,
+    tensors: tuple,
     out: Tensor,
     lse: Tensor,
     lse_parts: Tensor | None,
     scale: float,
     lo: int | None,
     hi: int | None,
+    softcap: float,
     dropout_p: float,
     threads: int,
     /,
 ) -> None: ...
+def softmax_plain_forward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float | None, causal: int, grouped: bool, threads: int, /
+) -> bool: ...
 def softmax_backward(
     dout: Tensor,
     dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    rng: Tensor | None,
+    tensors: tuple,
     out: Tensor,
     lse_parts: Tensor,
     dq: Tensor | None,
     dk: Tensor | None,
     dv: Tensor | None,
     dbias: Tensor | None,
+    dslopes: Tensor | None,
     scale: float,
     lo: int | None,
     hi: int | None,
+    softcap: float,
     dropout_p: float,
     threads: int,
     /,

@@ -40,7 +40,7 @@ def vmap_by_loop(op: Callable, info, in_dims, args: tuple) -> tuple[tuple, tuple
     """One call per vmapped element: for random ops, whose bits depend on the position in the batch."""
     calls = []
     for index in range(info.batch_size):
-        picked = [a.select(dim, index) if isinstance(dim, int) else a for a, dim in zip(args, in_dims)]
+        picked = [a.select(d, index) if isinstance(d, int) else a for a, d in zip(args, in_dims)]
         calls.append(op(*picked))
     outputs = tuple(torch.stack(results) for results in zip(*calls))
     return outputs, (0,) * len(outputs)
@@ -51,14 +51,22 @@ def transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
 def unobserved(*tensors: Optional[Tensor]) -> bool:
     """Whether no tracing, dispatch mode, profiler or subclass wants to see the op: outside of transforms it may be skipped."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch.autograd._profiler_enabled()
-        and all(t is None or (type(t) in (Tensor, torch.nn.Parameter) and not t.is_neg()) for t in tensors)
-    )
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() != 0
+        or torch.autograd._profiler_enabled()
+    ):
+        return False
+    for t in tensors:
+        if t is not None and (type(t) not in _PLAIN or t.is_neg()):
+            return False
+    return True
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

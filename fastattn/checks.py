@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 import torch
 from torch import Tensor
 
 from .params import CAUSAL_BOTTOM_RIGHT, CAUSAL_NONE, CAUSAL_TOP_LEFT
+
+if TYPE_CHECKING:
+    from .masks.plan import TilePlan
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FAR = 2**62  # a window side from here on is unbounded: it fits no tensor, and int64 no longer holds sums of it
@@ -88,13 +91,74 @@ def broadcastable(name: str, t: Tensor, target: tuple[int, ...], device: torch.d
 
 def bool_mask(mask: Tensor, target: tuple[int, ...], device: torch.device) -> Tensor:
     if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a bool tensor, got {type(mask).__name__}")
+        raise TypeError(f"mask must be a bool tensor, a mask of fastattn.masks or its plan, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
         raise TypeError(
             f"mask must be a bool tensor (True = visible), got {mask.dtype} {list(mask.shape)}; "
             "pass additive float masks as bias="
         )
     return broadcastable("mask", mask, target, device)
+
+
+def tile_plan(plan: TilePlan, target: tuple[int, ...], device: torch.device) -> TilePlan:
+    """The plan on `device`; its lengths are those of the call, its batches and heads 1 or those of the call."""
+    B, Hq, Lq, Lk = target
+    if (plan.Lq, plan.Lk) != (Lq, Lk):
+        raise ValueError(f"mask is a plan for Lq {plan.Lq}, Lk {plan.Lk}, but q and k have Lq {Lq}, Lk {Lk}")
+    if plan.batches not in (1, B) or plan.heads not in (1, Hq):
+        raise ValueError(
+            f"mask has {plan.batches} batches and {plan.heads} heads, which does not broadcast to B {B}, Hq {Hq}"
+        )
+    return plan if plan.rows.device == device else plan.to(device)
+
+
+def _per_head(name: str, t: Tensor, shapes: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    wanted = " or ".join(map(str, map(list, shapes)))
+    if not isinstance(t, Tensor) or not t.is_floating_point():
+        raise TypeError(f"{name} must be a floating point tensor {wanted}, got {getattr(t, 'dtype', type(t).__name__)}")
+    if t.device != device:
+        raise ValueError(f"{name} is on {t.device} but q is on {device}; move it with .to(q.device)")
+    if tuple(t.shape) not in shapes:
+        raise ValueError(f"{name} {list(t.shape)} must be {wanted}")
+    return t
+
+
+def alibi_slopes(slopes: Tensor, B: int, Hq: int, device: torch.device) -> Tensor:
+    """[B|1, Hq]."""
+    slopes = _per_head("alibi_slopes", slopes, ((Hq,), (B, Hq)), device)
+    return slopes if slopes.dim() == 2 else slopes[None]
+
+
+def sinks(sinks: Tensor, Hq: int, device: torch.device) -> Tensor:
+    return _per_head("sinks", sinks, ((Hq,),), device)
+
+
+def cu_seqlens(name: str, starts: Tensor, of: str, L: int) -> Tensor:
+    """int64 on the CPU, where masks are built."""
+    if not isinstance(starts, Tensor) or starts.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"{name} must be an int32 tensor [sequences + 1], got {getattr(starts, 'dtype', type(starts).__name__)}"
+        )
+    if starts.dim() != 1 or len(starts) < 1:
+        raise ValueError(f"{name} must be [sequences + 1], got {list(starts.shape)}")
+    starts = starts.detach().to("cpu", torch.int64)
+    if starts[0] != 0 or starts[-1] != L or (starts.diff() < 0).any():
+        raise ValueError(
+            f"{name} must rise from 0 to the length of {of}, {L}, got {starts[0].item()} to {starts[-1].item()}"
+            + (", falling in between" if (starts.diff() < 0).any() else "")
+        )
+    return starts
+
+
+def softcap_value(softcap: Optional[float]) -> float:
+    """0.0 for none."""
+    if softcap is None:
+        return 0.0
+    if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
+        raise TypeError(f"softcap must be a float > 0 or None, got {softcap!r}")
+    if not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be > 0 and finite, or None, got {softcap!r}")
+    return float(softcap)
 
 
 def float_bias(bias: Tensor, q: Tensor, target: tuple[int, ...]) -> Tensor:

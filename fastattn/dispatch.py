@@ -27,7 +27,7 @@ def check_name(backend: str) -> None:
 
 
 def _order(call: SoftmaxCall) -> tuple[str, ...]:
-    return ORDER.get(call.q.device.type, OTHER_DEVICES)
+    return ORDER.get(call.x.q.device.type, OTHER_DEVICES)
 
 
 def _by_default(name: str, call: SoftmaxCall) -> list[str]:
@@ -102,15 +102,24 @@ def explain(call: SoftmaxCall, backend: str = "auto") -> Explanation:
         chosen = name if takes else chosen
         kernel = BACKENDS[name].describe(call) if not BACKENDS[name].why_not(call) else ""
         rows.append(Row(name, takes, reasons, kernel))
-    q, k, v, mask, bias, params, needs_grad = call
-    options = [f"q {list(q.shape)}", f"k {list(k.shape)}", f"v {list(v.shape)}", str(q.dtype).removeprefix("torch.")]
-    options.append(str(q.device))
+    return Explanation(call.op, _describe(call), tuple(rows))
+
+
+def _describe(call: SoftmaxCall) -> str:
+    x, params, needs_grad = call
+    words = [f"{name} {list(t.shape)}" for name, t in (("q", x.q), ("k", x.k), ("v", x.v))]
+    words += [str(x.q.dtype).removeprefix("torch."), str(x.q.device)]
     if params.causal != "none":
-        options.append(f"causal {params.causal}")
+        words.append(f"causal {params.causal}")
     if params.window_left is not None or params.window_right is not None:
-        options.append(f"window ({params.window_left}, {params.window_right})")
-    options += [f"{name} {list(t.shape)}" for name, t in (("mask", mask), ("bias", bias)) if t is not None]
+        words.append(f"window ({params.window_left}, {params.window_right})")
+    options = {"bias": x.bias, "alibi_slopes": x.slopes, "sinks": x.sinks, "mask": x.mask}
+    words += [f"{name} {list(t.shape)}" for name, t in options.items() if t is not None]
+    if x.plan is not None:
+        words.append(f"mask plan of {len(x.plan.rows)} runs")
+    if params.softcap:
+        words.append(f"softcap {params.softcap}")
     if params.dropout_p:
-        options.append(f"dropout {params.dropout_p}")
-    options.append("with gradient" if needs_grad else "no gradient")
-    return Explanation(call.op, ", ".join(options), tuple(rows))
+        words.append(f"dropout {params.dropout_p}")
+    words.append("with gradient" if needs_grad else "no gradient")
+    return ", ".join(words)

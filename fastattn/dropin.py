@@ -15,7 +15,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .checks import shapes
 from .dispatch import check_name
-from .ops.softmax import attention
+from .ops.softmax import attention, plain_attention
 
 _torch_sdpa: Callable = F.scaled_dot_product_attention
 
@@ -44,11 +44,19 @@ def scaled_dot_product_attention(
 
 
 def _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend) -> Tensor:
+    observed = torch._C._is_torch_function_mode_enabled()
+    if attn_mask is None and dropout_p == 0 and dropout_p is not False and backend == "auto" and not observed:
+        quick = plain_attention(query, key, value, scale, "top_left" if is_causal else False, bool(enable_gqa))
+        if quick is not None:
+            return quick
     if has_torch_function((query, key, value)):
         return handle_torch_function(
             scaled_dot_product_attention, (query, key, value), query, key, value, attn_mask, dropout_p, is_causal,
             scale=scale, enable_gqa=enable_gqa,
         )  # fmt: skip
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
     if query.is_nested:
         # Ragged batches are torch's own; fastattn takes them packed, not nested.
         return _torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .masks.plan import TilePlan
 
 CAUSAL_NONE, CAUSAL_TOP_LEFT, CAUSAL_BOTTOM_RIGHT = "none", "top_left", "bottom_right"
 
@@ -17,6 +20,7 @@ class SoftmaxParams(NamedTuple):
     causal: str = CAUSAL_NONE
     window_left: Optional[int] = None
     window_right: Optional[int] = None
+    softcap: float = 0.0  # 0: none
     dropout_p: float = 0.0
 
     def band(self, Lq: int, Lk: int) -> tuple[Optional[int], Optional[int]]:
@@ -30,14 +34,31 @@ class SoftmaxParams(NamedTuple):
         return lo, hi
 
 
+class SoftmaxTensors(NamedTuple):
+    """The tensors of one call. The first six are differentiable; `wide` is float32, or float64 for float64 inputs."""
+
+    q: Tensor  # [B, Hq, Lq, D]
+    k: Tensor  # [B, Hk, Lk, D]
+    v: Tensor  # [B, Hk, Lk, Dv]
+    bias: Optional[Tensor] = None  # dtype of q or float32 [B|1, Hq|1, Lq|1, Lk|1]
+    slopes: Optional[Tensor] = None  # wide [B|1, Hq]: subtracts slopes * |i + diagonal[i] - j| from a logit
+    sinks: Optional[Tensor] = None  # wide [Hq]: exp(sinks) enters the denominator
+    mask: Optional[Tensor] = None  # bool [B|1, Hq|1, Lq|1, Lk|1]; not together with a plan
+    diagonal: Optional[Tensor] = None  # int32 [Lq]; None is Lk - Lq in every row
+    rng: Optional[Tensor] = None  # int64 [2]: seed and offset of the dropout bits
+    plan: Optional[TilePlan] = None
+
+    def differentiable(self) -> tuple[Any, ...]:
+        return self[:6]
+
+
+DIFFERENTIABLE: tuple[str, ...] = SoftmaxTensors._fields[:6]
+
+
 class SoftmaxCall(NamedTuple):
     """One call as dispatch sees it: tensors, options, and whether a gradient will be asked for."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: Optional[Tensor]
-    bias: Optional[Tensor]
+    x: SoftmaxTensors
     params: SoftmaxParams
     needs_grad: bool
 

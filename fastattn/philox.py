@@ -32,7 +32,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor
 
 
 def keep_mask(
-    rng: Tensor,
+    rng: Optional[Tensor],
     p: float,
     B: int,
     Hq: int,
@@ -45,6 +45,8 @@ def keep_mask(
     Counter (j // 4, i, b * Hq + h, offset), key = seed, lane j % 4, keep iff u32 >= p * 2^32. rng is int64 [2]:
     seed (64 bits) and offset (its low 32 bits). `heads` replaces the default b * Hq + h, shape [B, Hq].
     """
+    if rng is None:
+        raise ValueError("rng is required with dropout")
     device = rng.device
     first_group, last_group = cols[0] // 4, -(-cols[1] // 4)
     group = torch.arange(first_group, last_group, device=device, dtype=torch.int64)

@@ -6,17 +6,19 @@ import os
 
 import torch
 
+from . import masks
 from .dispatch import BACKENDS
-from .params import SoftmaxCall, SoftmaxParams
+from .params import SoftmaxCall, SoftmaxParams, SoftmaxTensors
 
 COLUMNS = ("native", "triton", "eager", "reference")
 
 
 def _calls() -> list[tuple[str, SoftmaxCall]]:
-    def call(dtype=torch.float32, D=64, Dv=64, Hq=2, Hk=2, Lq=8, Lk=8, mask=None, bias=None, grad=False, **options):
+    def call(dtype=torch.float32, D=64, Dv=64, Hq=2, Hk=2, Lq=8, Lk=8, grad=False, tensors=None, **options):
         q, k, v = torch.empty(1, Hq, Lq, D), torch.empty(1, Hk, Lk, D), torch.empty(1, Hk, Lk, Dv)
         params = SoftmaxParams(D**-0.5, **options)
-        return SoftmaxCall(q.to(dtype), k.to(dtype), v.to(dtype), mask, bias, params, grad)
+        x = SoftmaxTensors(q.to(dtype), k.to(dtype), v.to(dtype), **(tensors or {}))
+        return SoftmaxCall(x, params, grad)
 
     return [
         ("float32", call()),
@@ -26,8 +28,12 @@ def _calls() -> list[tuple[str, SoftmaxCall]]:
         ("gradients of q, k, v and lse", call(grad=True)),
         ("causal, top-left and bottom-right", call(causal="bottom_right", Lq=4)),
         ("window", call(window_left=4, window_right=0)),
-        ("bool mask, any broadcast shape", call(mask=torch.ones(1, 1, 1, 8, dtype=torch.bool))),
-        ("bias with gradient, any broadcast shape", call(bias=torch.zeros(1, 2, 8, 1), grad=True)),
+        ("bool mask, any broadcast shape", call(tensors={"mask": torch.ones(1, 1, 1, 8, dtype=torch.bool)})),
+        ("bias with gradient, any broadcast shape", call(tensors={"bias": torch.zeros(1, 2, 8, 1)}, grad=True)),
+        ("mask objects (tile plans), packed sequences", call(tensors={"plan": masks.causal().plan(8, 8)})),
+        ("softcap", call(softcap=30.0, grad=True)),
+        ("ALiBi with gradient", call(tensors={"slopes": torch.ones(1, 2)}, grad=True)),
+        ("attention sinks with gradient", call(tensors={"sinks": torch.ones(2)}, grad=True)),
         ("dropout, the same bits everywhere", call(dropout_p=0.1)),
         ("grouped queries (GQA, MQA)", call(Hq=8, Hk=2)),
         ("value dimension other than D", call(D=64, Dv=32)),

@@ -46,25 +46,30 @@ def main():
     layouts = ("bhqk", "b1q1", "1h1k", "1111")
     for n, (dtype, (Lq, Lk), D) in enumerate(itertools.product(dtypes, shapes, (1, 3, 8, 20, 33, 64))):
         case = Case(
-            B=1, Hq=2, Hk=1, Lq=Lq, Lk=Lk, D=D, Dv=(D * 7) % 29 + 1, mask=layouts[n % 4], bias=layouts[(n + 1) % 4]
-        )
+            B=1, Hq=2, Hk=1, Lq=Lq, Lk=Lk, D=D, Dv=(D * 7) % 29 + 1, mask=layouts[n % 4], bias=layouts[(n + 1) % 4],
+            alibi="h", sinks=True,
+        )  # fmt: skip
         inputs = make(case, dtype, n)
         for at_end in (True, False):
-            q, k, v, bias = (guarded(x, at_end).requires_grad_() for x in (*inputs[:3], inputs.bias))
+            leaves = (*inputs[:3], inputs.bias, inputs.slopes, inputs.sinks)
+            q, k, v, bias, slopes, sinks = leaves = [guarded(x, at_end).requires_grad_() for x in leaves]
             out, lse = fastattn.attention(
                 q,
                 k,
                 v,
                 mask=guarded(inputs.mask, at_end),
                 bias=bias,
+                alibi_slopes=slopes,
+                sinks=sinks,
+                softcap=2.0 if n % 3 == 0 else None,
                 causal=n % 2 == 0,
                 return_lse=True,
                 backend="native",
             )
             upstream = guarded(inputs.dout.contiguous(), at_end), guarded(inputs.dlse, at_end)
-            grads = torch.autograd.grad((out, lse), (q, k, v, bias), upstream)
+            grads = torch.autograd.grad((out, lse), leaves, upstream)
             assert not any(g.isnan().any() for g in grads), case
-            del q, k, v, bias, out, lse, grads, upstream
+            del q, k, v, bias, slopes, sinks, leaves, out, lse, grads, upstream
             release()
     print("done")
 

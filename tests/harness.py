@@ -19,6 +19,7 @@ from fastattn.testing.tolerances import HALF_LSE
 
 BACKENDS = tuple(os.environ.get("FASTATTN_TEST_BACKENDS", "native,eager,reference").split(","))
 DEVICE = os.environ.get("FASTATTN_TEST_DEVICE", "cpu")
+DIFFERENTIABLE = ("q", "k", "v", "bias", "slopes", "sinks")
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DTYPES = (FP32, BF16, FP16)
 
@@ -33,14 +34,18 @@ class Result(NamedTuple):
     dk: Tensor | None
     dv: Tensor | None
     dbias: Tensor | None
+    dslopes: Tensor | None = None
+    dsinks: Tensor | None = None
 
 
 def why_not(backend: str, inputs: Inputs, **options) -> list[str]:
-    q, k, v, mask, bias = inputs[:5]
-    rows = fastattn.explain(q, k, v, mask=mask, bias=bias, backend=backend, **options).rows
-    return next(
-        (list(row.reasons) for row in rows if row.backend == backend), [f"{backend} does not run on {q.device}"]
-    )
+    rows = fastattn.explain(*inputs[:3], **{**_optional(inputs), **options}, backend=backend).rows
+    device = inputs.q.device
+    return next((list(row.reasons) for row in rows if row.backend == backend), [f"{backend} does not run on {device}"])
+
+
+def _optional(inputs: Inputs) -> dict[str, Tensor | None]:
+    return {"mask": inputs.mask, "bias": inputs.bias, "alibi_slopes": inputs.slopes, "sinks": inputs.sinks}
 
 
 def need(backend: str, inputs: Inputs, **options) -> None:
@@ -50,7 +55,9 @@ def need(backend: str, inputs: Inputs, **options) -> None:
         pytest.skip(f"{backend}: {'; '.join(reasons)}")
 
 
-def backward(out: Tensor, lse: Tensor, inputs: Inputs, leaves: list[Tensor | None]) -> list[Tensor | None]:
+def backward(out: Tensor, lse: Tensor, inputs: Inputs) -> list[Tensor | None]:
+    """Gradients of the tensors of `inputs`, which are leaves."""
+    leaves = [getattr(inputs, name) for name in DIFFERENTIABLE]
     wanted = [leaf for leaf in leaves if leaf is not None]
     outputs = [(out, inputs.dout), (lse, inputs.dlse)]
     outputs = [(y, dy) for y, dy in outputs if y.requires_grad]
@@ -62,20 +69,23 @@ def backward(out: Tensor, lse: Tensor, inputs: Inputs, leaves: list[Tensor | Non
     return [None if leaf is None else next(found) for leaf in leaves]
 
 
-def _leaf(x: Tensor | None, wanted: bool) -> Tensor | None:
-    return None if x is None else x.detach().requires_grad_(wanted)
+def _leaves(inputs: Inputs, wanted: bool) -> Inputs:
+    return inputs._replace(**{
+        name: None if getattr(inputs, name) is None else getattr(inputs, name).detach().requires_grad_(wanted)
+        for name in DIFFERENTIABLE
+    })  # fmt: skip
 
 
 def attend(inputs: Inputs, backend: str, grad: bool = True, **options) -> Result:
     """Forward and, if asked, backward of the public function, or a skip with its refusal; leaves keep the strides of `inputs`."""
-    q, k, v, bias = (_leaf(x, grad) for x in (inputs.q, inputs.k, inputs.v, inputs.bias))
+    x = _leaves(inputs, grad)
     try:
-        out, lse = fastattn.attention(q, k, v, mask=inputs.mask, bias=bias, return_lse=True, backend=backend, **options)
+        out, lse = fastattn.attention(*x[:3], **_optional(x), return_lse=True, backend=backend, **options)
     except fastattn.UnsupportedError as refusal:
         pytest.skip(str(refusal).splitlines()[0])
     if not grad:
         return Result(out, lse, None, None, None, None)
-    return Result(out.detach(), lse.detach(), *backward(out, lse, inputs, [q, k, v, bias]))
+    return Result(out.detach(), lse.detach(), *backward(out, lse, x))
 
 
 def _scale_and_band(inputs: Inputs, case: Case) -> tuple[float, tuple[int | None, int | None]]:
@@ -87,25 +97,41 @@ def _scale_and_band(inputs: Inputs, case: Case) -> tuple[float, tuple[int | None
 
 def reference(inputs: Inputs, case: Case, keep: Tensor | None = None) -> Result:
     """Forward and backward of the dense reference, differentiated by autograd, in the precision of `inputs`."""
-    q, k, v, bias = (_leaf(x, True) for x in (inputs.q, inputs.k, inputs.v, inputs.bias))
+    x = _leaves(inputs, True)
     scale, band = _scale_and_band(inputs, case)
-    out, lse = softmax(q, k, v, inputs.mask, bias, keep, scale=scale, band=band, dropout_p=case.dropout_p)
-    return Result(out.detach(), lse.detach(), *backward(out, lse, inputs, [q, k, v, bias]))
+    options = {"scale": scale, "band": band, "softcap": case.softcap or 0.0, "dropout_p": case.dropout_p}
+    slopes = x.slopes if x.slopes is None or x.slopes.dim() == 2 else x.slopes[None]
+    out, lse = softmax(*x[:3], x.bias, slopes, x.sinks, inputs.mask, keep=keep, **options)
+    return Result(out.detach(), lse.detach(), *backward(out, lse, x))
 
 
-def _weights(inputs: Inputs, case: Case, keep: Tensor | None, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """P = exp(z - lse) [B, Hq, Lq, Lk], the factor dropout puts on it, and z."""
-    q, k, _, mask, bias, _, _ = inputs
+class Weights(NamedTuple):
+    p: Tensor  # exp(z - lse) [B, Hq, Lq, Lk]
+    kept: Tensor  # the factor dropout puts on it
+    z: Tensor
+    damp: Tensor | float  # derivative of the softcap
+    distance: Tensor  # of ALiBi [Lq, Lk]
+
+
+def _weights(inputs: Inputs, case: Case, keep: Tensor | None, lse: Tensor) -> Weights:
+    q, k, _, mask, bias = inputs[:5]
     scale, (lo, hi) = _scale_and_band(inputs, case)
     offset = torch.arange(k.shape[2], device=q.device) - torch.arange(q.shape[2], device=q.device)[:, None]
     visible = (offset >= (-torch.inf if lo is None else lo)) & (offset <= (torch.inf if hi is None else hi))
     visible = visible if mask is None else visible & mask
     z = (q @ k.repeat_interleave(q.shape[1] // max(k.shape[1], 1), 1).mT * scale).to(lse.dtype)
+    damp: Tensor | float = 1.0
+    if case.softcap:
+        t = torch.tanh(z / case.softcap)
+        z, damp = case.softcap * t, 1 - t * t
     if bias is not None:
         visible, z = visible & (bias != -torch.inf), z + bias
+    distance = (offset - (k.shape[2] - q.shape[2])).abs().to(lse.dtype)
+    if inputs.slopes is not None:
+        z = z - inputs.slopes[..., None, None] * distance
     p = torch.exp(z - lse[..., None]).masked_fill(~visible, 0)
     kept = torch.ones_like(p) if keep is None else keep * (1 / (1 - case.dropout_p) if case.dropout_p < 1 else 0.0)
-    return p, kept, z
+    return Weights(p, kept, z, damp, distance)
 
 
 def textbook(
@@ -115,25 +141,29 @@ def textbook(
 
     With `magnitude` every term enters by its absolute value, and weights by how well an exponent of their size is known.
     """
-    p, kept, z = _weights(inputs, case, keep, lse)
+    p, kept, z, damp, distance = _weights(inputs, case, keep, lse)
+    sink = None if inputs.sinks is None else torch.exp(inputs.sinks[:, None] - lse)
     scale, sign = _scale_and_band(inputs, case)[0], -1.0
     weights = torch.where(p > 0, p * z.abs().clamp(min=1), 0) if magnitude else p
     if magnitude:
+        sink = None if sink is None else sink * inputs.sinks[:, None].abs().clamp(min=1)
         inputs = inputs._replace(**{name: getattr(inputs, name).abs() for name in ("q", "k", "v", "dout", "dlse")})
         out, lse, scale, sign = (p * kept).to(out.dtype) @ _repeated(inputs.v, out), lse.abs(), abs(scale), 1.0
-    q, k, v, _, bias, dout, dlse = inputs
+    q, k, v, _, bias, dout, dlse = inputs[:7]
     narrow, wide, groups = q.dtype, lse.dtype, (q.shape[0], k.shape[1], q.shape[1] // max(k.shape[1], 1))
     delta = (dout.to(wide) * out.to(wide)).sum(-1, keepdim=True)
     ds = weights * (kept * (dout @ _repeated(v, q).mT).to(wide) + sign * delta + dlse[..., None])
     dbias = (
         None if bias is None else ds.sum_to_size((1,) * (4 - bias.dim()) + bias.shape).view(bias.shape).to(bias.dtype)
     )
-    ds = (ds * scale).to(narrow)
+    dslopes = None if inputs.slopes is None else sign * (ds * distance).sum((2, 3)).sum_to_size(inputs.slopes.shape)
+    dsinks = None if sink is None else (sink * (sign * delta.squeeze(-1) + dlse)).sum((0, 2))
+    ds = (ds * damp * scale).to(narrow)
     dk = (ds.mT @ q).view(*groups, *k.shape[2:]).sum(2)
     dv = ((weights * kept).to(narrow).mT @ dout).view(*groups, *v.shape[2:]).sum(2)
     if magnitude:
         out = (weights * kept).to(narrow) @ _repeated(v, q)
-    return Result(out, lse, ds @ _repeated(k, q), dk, dv, dbias)
+    return Result(out, lse, ds @ _repeated(k, q), dk, dv, dbias, dslopes, dsinks)
 
 
 def _repeated(x: Tensor, q: Tensor) -> Tensor:
@@ -214,7 +244,7 @@ def check_exact(inputs: Inputs, case: Case, backend: str) -> Result:
     result, golden = (attend(x, name, **case.options()) for x, name in ((inputs, backend), (exact, "reference")))
     identity = torch.eye(inputs.k.shape[2], dtype=FP64, device=DEVICE).expand(*inputs.k.shape[:3], -1)
     p = attend(exact._replace(v=identity), "reference", grad=False, **case.options()).out  # [B, Hq, Lq, Lk]
-    q, k, v, bias, dout, dlse = (None if x is None else x.abs() for x in (*exact[:3], *exact[4:]))
+    q, k, v, bias, dout, dlse = (None if x is None else x.abs() for x in (*exact[:3], *exact[4:7]))
     dp = dout @ _repeated(v, q).mT
     ds = p * (dp + (p * dp).sum(-1, keepdim=True) + dlse[..., None])
     scale, groups = abs(_scale_and_band(inputs, case)[0]), (q.shape[0], k.shape[1], -1)

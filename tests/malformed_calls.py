@@ -7,8 +7,8 @@ from functools import partial
 import torch
 
 import fastattn
-from fastattn import attention, scaled_dot_product_attention
-from fastattn.params import SoftmaxParams
+from fastattn import attention, masks, scaled_dot_product_attention
+from fastattn.params import SoftmaxParams, SoftmaxTensors
 
 NAN = float("nan")
 Q, K, V = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 7, 8), torch.zeros(2, 2, 7, 8)
@@ -80,7 +80,21 @@ expect(r"backend.*'cudnn'", public_backend=lambda: attention(Q, K, V, backend="c
 expect(r"backend", public_backend_none=lambda: attention(Q, K, V, backend=None))
 expect(r"native.*float64", public_native_fp64=lambda: attention(Q.double(), K.double(), V.double(), backend="native"))
 expect(r"native.*513", public_native_D=lambda: attention(*(torch.zeros(1, 1, 2, 513),) * 3, backend="native"))
-expect(r"unexpected keyword|softcap", public_keyword=lambda: attention(Q, K, V, softcap=1.0, sinks=2))
+expect(r"unexpected keyword.*softcaps", public_keyword=lambda: attention(Q, K, V, softcaps=1.0))
+expect(r"softcap.*-1", public_softcap_negative=lambda: attention(Q, K, V, softcap=-1.0))
+expect(r"softcap.*'a'", public_softcap_str=lambda: attention(Q, K, V, softcap="a"))
+expect(r"softcap.*nan", public_softcap_nan=lambda: attention(Q, K, V, softcap=NAN))
+expect(r"sinks.*\[4\], got int", public_sinks_int=lambda: attention(Q, K, V, sinks=2))
+expect(r"sinks \[2\].*\[4\]", public_sinks_shape=lambda: attention(Q, K, V, sinks=torch.zeros(2)))
+expect(r"sinks.*int64", public_sinks_dtype=lambda: attention(Q, K, V, sinks=torch.zeros(4).long()))
+expect(
+    r"alibi_slopes \[3\].*\[4\] or \[2, 4\]",
+    public_slopes_shape=lambda: attention(Q, K, V, alibi_slopes=torch.zeros(3)),
+)
+expect(r"alibi_slopes.*bool", public_slopes_dtype=lambda: attention(Q, K, V, alibi_slopes=torch.ones(4) > 0))
+expect(
+    r"alibi_slopes.*meta", public_slopes_device=lambda: attention(Q, K, V, alibi_slopes=torch.zeros(4, device="meta"))
+)
 expect(r"4 dimensions.*\[5, 8\]", explain_2d=lambda: fastattn.explain(Q[0, 0], K, V))
 
 # The drop-in.
@@ -102,17 +116,16 @@ PARAMS = dict(SoftmaxParams(0.3)._asdict())
 
 
 def forward_op(backend, q=Q, k=K, v=V, mask=None, bias=None, rng=None, **params):
-    return torch.ops.fastattn.softmax_forward(q, k, v, mask, bias, rng, *{**PARAMS, **params}.values(), True, backend)
+    x = SoftmaxTensors(q, k, v, bias, mask=mask, rng=rng, plan=[])
+    return torch.ops.fastattn.softmax_forward(*x, *{**PARAMS, **params}.values(), True, backend)
 
 
 def backward_op(
     backend, dout=OUT, dlse=None, q=Q, k=K, v=V, mask=None, bias=None, rng=None, out=OUT, parts=PARTS, **params
 ):
-    needs = params.pop("needs", [True, True, True, bias is not None])
-    values = {**PARAMS, **params}.values()
-    return torch.ops.fastattn.softmax_backward(
-        dout, dlse, q, k, v, mask, bias, rng, out, parts, *values, needs, backend
-    )
+    needs = params.pop("needs", [True, True, True, bias is not None, False, False])
+    x, values = SoftmaxTensors(q, k, v, bias, mask=mask, rng=rng, plan=[]), {**PARAMS, **params}.values()
+    return torch.ops.fastattn.softmax_backward(dout, dlse, *x, out, parts, *values, needs, backend)
 
 
 SHAPES = {
@@ -123,7 +136,7 @@ SHAPES = {
 BACKWARD_SHAPES = {
     "dout_shape": {"dout": OUT[:, :, :4]}, "dout_head_dim": {"dout": OUT[..., :4]}, "parts_shape": {"parts": PARTS[:, :, :4]},
     "dlse_shape": {"dlse": LSE[:1, :, :3]}, "out_shape": {"out": OUT[:, :2]}, "head_dim": {"k": K[..., :4]},
-    "needs_short": {"needs": [True]}, "needs_bias_without_bias": {"needs": [True, True, True, True]},
+    "needs_short": {"needs": [True]}, "needs_bias_without_bias": {"needs": [True, True, True, True, False, False]},
 }  # fmt: skip
 # Batch and dtype: torch ops broadcast and promote them safely, raw pointers do not.
 RAW = {"batch": {"k": K[:1]}, "dtype": {"k": K.half()}, "int": {"q": Q.long(), "k": K.long(), "v": V.long()}}
@@ -137,28 +150,34 @@ expect("", op_missing_arguments=lambda: torch.ops.fastattn.softmax_forward(Q, K,
 expect(
     "",
     op_wrong_types=lambda: torch.ops.fastattn.softmax_forward(
-        1, 2, 3, None, None, None, *PARAMS.values(), True, "eager"
+        1, 2, 3, *(None,) * 6, [], *PARAMS.values(), True, "eager"
     ),
 )
 
 # fastattn._C: reads raw pointers, so it checks everything itself and names what is wrong.
-FORWARD = {"q": Q, "k": K, "v": V, "mask": None, "bias": None, "rng": None, "out": OUT, "lse": LSE, "parts": PARTS,
-           "scale": 0.3, "lo": None, "hi": None, "dropout_p": 0.0, "threads": 1}  # fmt: skip
-BACKWARD = {"dout": OUT, "dlse": None, "q": Q, "k": K, "v": V, "mask": None, "bias": None, "rng": None, "out": OUT, "parts": PARTS,
-            "dq": torch.zeros(2, 4, 5, 8), "dk": torch.zeros(2, 2, 7, 8), "dv": torch.zeros(2, 2, 7, 8), "dbias": None,
-            "scale": 0.3, "lo": None, "hi": None, "dropout_p": 0.0, "threads": 1}  # fmt: skip
+TENSORS = dict(SoftmaxTensors(Q, K, V)._asdict())
+OPTIONS = {"scale": 0.3, "lo": None, "hi": None, "softcap": 0.0, "dropout_p": 0.0, "threads": 1}
+FORWARD = {"out": OUT, "lse": LSE, "parts": PARTS}
+BACKWARD = {"out": OUT, "parts": PARTS, "dq": torch.zeros(2, 4, 5, 8), "dk": torch.zeros(2, 2, 7, 8),
+            "dv": torch.zeros(2, 2, 7, 8), "dbias": None, "dslopes": None}  # fmt: skip
+
+
+def _values(changed, *tables):
+    return [[changed.get(name, value) for name, value in table.items()] for table in tables]
 
 
 def c_forward(**changed):
     from fastattn import _C
 
-    return _C.softmax_forward(*{**FORWARD, **changed}.values())
+    tensors, rest, options = _values(changed, TENSORS, FORWARD, OPTIONS)
+    return _C.softmax_forward(changed.get("tensors", tuple(tensors)), *rest, *options)
 
 
 def c_backward(**changed):
     from fastattn import _C
 
-    return _C.softmax_backward(*{**BACKWARD, **changed}.values())
+    tensors, rest, options = _values(changed, TENSORS, BACKWARD, OPTIONS)
+    return _C.softmax_backward(changed.get("dout", OUT), changed.get("dlse"), tuple(tensors), *rest, *options)
 
 
 def c_calls(prefix, function, table):
@@ -179,6 +198,13 @@ c_calls("c", c_forward, {
     "p_high": {"dropout_p": 1.5, "rng": RNG}, "p_nan": {"dropout_p": NAN, "rng": RNG}, "p_negative": {"dropout_p": -0.5, "rng": RNG},
     "scale_nan": {"scale": NAN}, "scale_str": {"scale": "1"}, "lo_str": {"lo": "1"}, "lo_huge": {"lo": 2**70}, "threads_zero": {"threads": 0},
     "threads_negative": {"threads": -3}, "threads_none": {"threads": None}, "conjugate": {"q": torch.zeros(2, 4, 5, 8, dtype=torch.complex64).conj()},
+    "tensors_none": {"tensors": None}, "tensors_short": {"tensors": (Q, K, V)}, "slopes_shape": {"slopes": torch.zeros(1, 3)},
+    "slopes_batch": {"slopes": torch.zeros(3, 4)}, "slopes_dtype": {"slopes": torch.zeros(1, 4).half()}, "slopes_1d": {"slopes": torch.zeros(4)},
+    "sinks_shape": {"sinks": torch.zeros(3)}, "sinks_dtype": {"sinks": torch.zeros(4).double()}, "sinks_strided": {"sinks": torch.zeros(8)[::2]},
+    "diagonal_shape": {"diagonal": torch.zeros(4).int()}, "diagonal_dtype": {"diagonal": torch.zeros(5).long()}, "softcap_nan": {"softcap": NAN},
+    "softcap_negative": {"softcap": -1.0}, "plan_type": {"plan": (1, 2)}, "plan_lengths": {"plan": masks.causal().plan(7, 5)},
+    "plan_heads": {"plan": masks.key_padding(torch.ones(2, 3, 7) > 0).plan(5, 7)}, "plan_and_mask": {"plan": masks.causal().plan(5, 7), "mask": MASK},
+    "plan_starts": {"plan": masks.causal().plan(5, 7)._replace(row_start=torch.tensor([0, 9]).int())},
     "negative_bit": {"q": torch._neg_view(Q)}, "nested": {"q": NESTED}, "head_dim_513": {"q": torch.zeros(2, 4, 5, 513), "k": torch.zeros(2, 2, 7, 513)},
 })  # fmt: skip
 c_calls("c_backward", c_backward, {
@@ -188,6 +214,8 @@ c_calls("c_backward", c_backward, {
     "dbias_shape": {"bias": BIAS, "dbias": BIAS[:1]}, "dbias_dtype": {"bias": BIAS, "dbias": BIAS.half()}, "dq_is_q": {"dq": Q},
     "dk_is_dv": {"dk": K.clone(), "dv": None} | {"dk": (shared := torch.zeros(2, 2, 7, 8)), "dv": shared},
     "dq_expanded": {"dq": OUT[:, :1].expand(2, 4, 5, 8)}, "head_dim": {"k": K[..., :4]}, "rng_missing": {"dropout_p": 0.5}, "threads": {"threads": 0},
+    "dslopes_without_slopes": {"dslopes": torch.zeros(1, 4)}, "dslopes_shape": {"slopes": torch.zeros(1, 4), "dslopes": torch.zeros(2, 4)},
+    "dslopes_batch": {"slopes": torch.zeros(2, 4), "dslopes": torch.zeros(1, 4)}, "dslopes_strided": {"slopes": torch.zeros(1, 4), "dslopes": torch.zeros(1, 8)[:, ::2]},
 })  # fmt: skip
 
 

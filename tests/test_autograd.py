@@ -10,7 +10,7 @@ from harness import BF16, DEVICE, FP16, FP32, FP64, all_backends, attend, need
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
-from fastattn.params import SoftmaxParams
+from fastattn.params import SoftmaxParams, SoftmaxTensors
 from fastattn.testing import Case, make, max_error, next_rng, relayout
 
 OPTIONS = {
@@ -93,8 +93,9 @@ def op_arguments(backend, layout="contiguous", dtype=FP32, dropout_p=0.0, **fiel
     bias = None if inputs.bias is None else inputs.bias[(None,) * (4 - inputs.bias.dim())].requires_grad_()
     rng = next_rng(DEVICE) if dropout_p else None
     window = case.window or (None, None)
-    params = SoftmaxParams(0.3, {False: "none"}.get(case.causal, case.causal), *window, dropout_p)
-    return (q, k, v, inputs.mask, bias, rng), (*params, backend)
+    params = SoftmaxParams(0.3, {False: "none"}.get(case.causal, case.causal), *window, case.softcap or 0.0, dropout_p)
+    x = SoftmaxTensors(q, k, v, bias, inputs.slopes, inputs.sinks, inputs.mask, rng=rng, plan=[])
+    return x, (*params, backend)
 
 
 OP_CASES = [
@@ -112,6 +113,10 @@ OP_CASES = [
     {"layout": "last_strided"},
     {"dtype": BF16, "bias": "1hqk"},
     {"dtype": FP16, "causal": "top_left", "mask": "bhqk"},
+    {"softcap": 2.0},
+    {"alibi": "1h"},
+    {"alibi": "bh", "sinks": True, "causal": "bottom_right"},
+    {"sinks": True, "softcap": 2.0, "alibi": "bh", "bias": "1h1k", "dtype": BF16},
 ]
 UTILS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
@@ -122,17 +127,18 @@ def test_opcheck(case, backend):
     """Schema, registration, exact fake strides, dynamic shapes. The public autograd sits above the ops: no grad here."""
     tensors, options = op_arguments(backend, **case)
     need(backend, make(Case(), case.get("dtype", FP32)))
-    tensors = tuple(x if x is None else x.detach() for x in tensors)
+    tensors = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in tensors)
     *params, _ = options
     for with_parts in (False, True):
         arguments = (*tensors, *params, with_parts, backend)
         torch.library.opcheck(torch.ops.fastattn.softmax_forward.default, arguments, test_utils=UTILS)
     out, lse, parts = torch.ops.fastattn.softmax_forward(*arguments)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
-    for needs in ([True, True, True, tensors[4] is not None], [False, True, False, False]):
+    for needs in ([x is not None for x in tensors[:6]], [False, True, False, False, False, False]):
         arguments = (dout, dlse, *tensors, out, parts, *params, needs, backend)
         torch.library.opcheck(torch.ops.fastattn.softmax_backward.default, arguments, test_utils=UTILS)
-    arguments = (dout, None, *tensors, out, parts, *params, [True, True, True, False], backend)
+    needs = [True, True, True, False, False, False]
+    arguments = (dout, None, *tensors, out, parts, *params, needs, backend)
     torch.library.opcheck(torch.ops.fastattn.softmax_backward.default, arguments, test_utils=UTILS)
 
 

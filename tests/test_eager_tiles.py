@@ -6,7 +6,7 @@ from harness import BF16, DEVICE, FP32, FP64, assert_equal, attend, check, check
 from test_softmax import COMBINED, OPTIONS
 
 import fastattn
-import fastattn.eager.softmax as eager
+import fastattn.eager.softmax_tiles as eager
 from fastattn.testing import Case, dropout_mask, make, next_rng
 
 

@@ -12,6 +12,7 @@ import torch
 from harness import BF16, DEVICE, FP32, Result, all_backends, assert_equal, attend, check, check_inputs, need
 
 import fastattn
+from fastattn.params import SoftmaxTensors
 from fastattn.testing import Case, cast, make, max_error
 
 TESTS = Path(__file__).parent
@@ -125,7 +126,7 @@ def test_native_writes_its_outputs_and_nothing_else(Lq, with_parts):
     lse = lse_frame[128:-128].view(2, 4, Lq)
     parts_frame = torch.full((2 * 2 * 4 * Lq + 256,), 7.0)
     parts = parts_frame[128:-128].view(2, 4, Lq, 2) if with_parts else None
-    _C.softmax_forward(*inputs[:3], None, None, None, out, lse, parts, 24**-0.5, None, None, 0.0, 2)
+    _C.softmax_forward(SoftmaxTensors(*inputs[:3]), out, lse, parts, 24**-0.5, None, None, 0.0, 0.0, 2)
     assert torch.equal(out, expected.out) and torch.equal(lse, expected.lse)
     for guard in (frame, lse_frame, parts_frame):
         assert (guard[:128] == 7).all() and (guard[-128:] == 7).all()

@@ -34,6 +34,9 @@ def cases(draw):
         bias=shapes[1],
         dropout_p=draw(st.sampled_from([0.0, 0.0, 0.0, 0.2, 0.7])),
         fp32_bias=draw(st.booleans()),
+        softcap=draw(st.sampled_from([None, None, 0.3, 5.0])),
+        alibi=draw(st.sampled_from([None, None, "h", "bh"])),
+        sinks=draw(st.sampled_from([False, False, True])),
     )
 
 

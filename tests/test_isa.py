@@ -12,9 +12,16 @@ import fastattn
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
 COMPACT = (
     "test_options_combined or test_every_option or test_head_dims or test_few_queries or test_bits_are or test_rows_that "
-    "or test_first_tiles or test_native_takes or test_equal_logits or test_ties or test_backward_has"
+    "or test_first_tiles or test_native_takes or test_equal_logits or test_ties or test_backward_has "
+    "or test_extra_with or test_softcap or test_huge_sinks"
 )
-FILES = ("test_softmax.py", "test_softmax_masks.py", "test_softmax_numerics.py", "test_softmax_dropout.py")
+FILES = (
+    "test_softmax.py",
+    "test_softmax_masks.py",
+    "test_softmax_numerics.py",
+    "test_softmax_dropout.py",
+    "test_softmax_extras.py",
+)
 
 
 def _supported(isa):

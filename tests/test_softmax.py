@@ -235,7 +235,7 @@ def test_reference_agrees_with_a_loop_over_rows():
     keep = torch.rand(2, 4, 5, 7, generator=torch.Generator().manual_seed(3)) < 0.7
     lo, hi, scale, p = -2, 4, 0.7, 0.3
     out, lse = softmax(
-        inputs.q, inputs.k, inputs.v, inputs.mask, inputs.bias, keep, scale=scale, band=(lo, hi), dropout_p=p
+        inputs.q, inputs.k, inputs.v, inputs.bias, mask=inputs.mask, keep=keep, scale=scale, band=(lo, hi), dropout_p=p
     )
     for b, h, i in itertools.product(range(2), range(4), range(5)):
         kv = h // 2

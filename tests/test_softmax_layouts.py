@@ -92,7 +92,7 @@ def test_packed_projection_needs_no_copy(backend):
 @all_dtypes
 def test_inputs_are_not_written(dtype, backend):
     """Inputs sit inside larger buffers: neither they nor what surrounds them may change."""
-    case = Case(Hk=2, Lq=33, Lk=65, D=17, mask="bhqk", bias="bhqk")
+    case = Case(Hk=2, Lq=33, Lk=65, D=17, mask="bhqk", bias="bhqk", alibi="bh", sinks=True)
     inputs = make(case, dtype, device=DEVICE)
     need(backend, inputs)
     frames, framed = [], []

@@ -16,31 +16,27 @@ import torch
 
 import fastattn
 from fastattn.backends import triton as backend
-from fastattn.params import SoftmaxCall, SoftmaxParams
+from fastattn.params import SoftmaxCall, SoftmaxParams, SoftmaxTensors
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-CASES = Path(__file__).with_name("triton_cases.py")
+CASES = [str(Path(__file__).with_name(name)) for name in ("triton_cases.py", "triton_option_cases.py")]
 
 
 def run_cases(**environment: str) -> str:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "--no-header",
-        "-W",
-        "ignore",
-        "-p",
-        "no:cacheprovider",
-        str(CASES),
-    ]
-    done = subprocess.run(
-        command, env={**os.environ, **environment}, capture_output=True, text=True, cwd=CASES.parents[1]
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    return done.stdout
+    """Reports of all files, a process each, side by side."""
+    command = [sys.executable, *"-m pytest -q --no-header -W ignore -p no:cacheprovider".split()]
+    options = {
+        "env": {**os.environ, **environment},
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+    }
+    running = [subprocess.Popen([*command, case], cwd=Path(__file__).parents[1], **options) for case in CASES]
+    reports = [process.communicate()[0] for process in running]
+    for process, report in zip(running, reports):
+        assert process.returncode == 0, report[-8000:]
+    return "\n".join(reports)
 
 
 @pytest.mark.slow
@@ -58,7 +54,7 @@ def test_cases_on_a_gpu():
 
 def call(dtype=torch.float32, D=16) -> SoftmaxCall:
     x = torch.zeros(1, 1, 4, D, dtype=dtype)
-    return SoftmaxCall(x, x, x, None, None, SoftmaxParams(1.0), False)
+    return SoftmaxCall(SoftmaxTensors(x, x, x), SoftmaxParams(1.0), False)
 
 
 def test_refusals_name_the_remedy(monkeypatch):
@@ -108,29 +104,36 @@ def test_sections_fit_the_cache_and_keep_groups_together():
     assert heads_per_section(4, 4, 0) == 4
 
 
-def test_span_covers_the_band():
-    """Tiles of each kind against a dense band: none missed, none twice, full ones full."""
+RUNS = ((0, 0, 100), (0, 8, 8), (4, 4, 8), (4, 8, 8), (8, 8, 16))  # begin, full_begin, stop
+
+
+@pytest.mark.parametrize("begin, full_begin, stop", RUNS)
+def test_span_covers_the_band(begin, full_begin, stop):
+    """Tiles of each kind against a dense band in one run: none missed, none twice, none outside, full ones full."""
     from fastattn.kernels.common.tiles import span
 
     BLOCK = 4
+    bounds = [(lo, hi) for lo in (None, -30, -5, 0, 3, 30) for hi in (None, -30, -2, 0, 6, 30)]
     for L in (1, 7, 8, 13):
         for first, last in ((0, 3), (4, 6), (12, 12), (20, 23)):
-            for lo in (None, -30, -5, 0, 3, 30):
-                for hi in (None, -30, -2, 0, 6, 30):
-                    start, full_start, full_end, n_partial, n_full = span.fn(first, last, lo, hi, L, BLOCK)
-                    partial = [start + n * BLOCK for n in range(n_partial)]
-                    partial = [x if x < full_start else x + full_end - full_start for x in partial]
-                    full = [full_start + n * BLOCK for n in range(n_full)]
-                    assert len({*partial, *full}) == len(partial) + len(full)
+            for lo, hi in bounds:
+                found = span.fn(first, last, lo, hi, begin, full_begin, min(stop, L), BLOCK)
+                start, full_start, full_end, n_partial, n_full = found
+                partial = [start + n * BLOCK for n in range(n_partial)]
+                partial = [x if x < full_start else x + full_end - full_start for x in partial]
+                full = [full_start + n * BLOCK for n in range(n_full)]
+                assert len({*partial, *full}) == len(partial) + len(full)
+                assert all(begin <= x < stop for x in (*partial, *full))
 
-                    def sees(x, y, lo=lo, hi=hi):
-                        return (lo is None or x - y >= lo) and (hi is None or x - y <= hi)
+                def sees(x, y, lo=lo, hi=hi):
+                    return (lo is None or x - y >= lo) and (hi is None or x - y <= hi)
 
-                    rows = range(first, last + 1)
-                    needed = {x // BLOCK * BLOCK for x in range(L) if any(sees(x, y) for y in rows)}
-                    assert needed <= {*partial, *full}, (L, first, last, lo, hi)
-                    assert all(x + BLOCK <= L for x in full)
-                    assert all(sees(x + n, y) for x in full for n in range(BLOCK) for y in rows)
+                rows = range(first, last + 1)
+                reached = range(begin, min(L, stop))
+                needed = {x // BLOCK * BLOCK for x in reached if any(sees(x, y) for y in rows)}
+                assert needed <= {*partial, *full}, (L, first, last, lo, hi)
+                assert all(full_begin <= x and x + BLOCK <= L for x in full)
+                assert all(sees(x + n, y) for x in full for n in range(BLOCK) for y in rows)
 
 
 def test_useless_bounds_are_dropped():
@@ -156,6 +159,10 @@ def test_launch_tables():
                         assert pick_forward(D, 16, dtype, arch, Lq, extra) == pick_forward(
                             16, D, dtype, arch, Lq, extra
                         )
+                        planned = pick_forward(D, 16, dtype, arch, Lq, extra, True)
+                        assert 64 % planned.BM == 0 and 64 % planned.BN == 0
                     for tile in pick_backward(D, D, dtype, arch, extra):
                         assert STATS_PADDING % tile.BM == 0
+                    for tile in pick_backward(D, D, dtype, arch, extra, True):
+                        assert 64 % tile.BM == 0 and 64 % tile.BN == 0
     assert [table_arch(*x) for x in ((8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0))] == [80, 86, 90, 100, 100, 86]

@@ -37,7 +37,9 @@ def rows() -> list[dict]:
 
 
 def select(rows: list[dict], **wanted) -> list[dict]:
-    names = ("arch", "D", "dtype", "causal", "group", "mask", "bias", "dropout_p", "Lq")
+    names = (
+        "arch", "D", "dtype", "causal", "group", "mask", "bias", "dropout_p", "Lq", "softcap", "slopes", "sinks", "diagonal", "plan",
+    )  # fmt: skip
     return [row for row in rows if all(row["case"][names.index(name)] == value for name, value in wanted.items())]
 
 
@@ -48,14 +50,24 @@ def test_every_kernel_compiles(rows):
 
 
 def test_default_configurations_do_not_spill(rows):
-    spilling = [row for row in select(rows, group=1, mask=False, bias="", dropout_p=0.0) if row["spills"]]
+    plain = {
+        "group": 1,
+        "mask": False,
+        "bias": "",
+        "dropout_p": 0.0,
+        "softcap": 0.0,
+        "slopes": False,
+        "sinks": False,
+        "plan": False,
+    }
+    spilling = [row for row in select(rows, **plain) if row["spills"]]
     # Triton's fp32 products hold whole rows of both operands in registers; at D = 256 nothing fits.
     spilling = [row for row in spilling if row["case"][1:3] != [256, "float32"]]
     assert not spilling, spilling
 
 
 def test_optional_features_spill_little(rows):
-    """Masks, biases, dropout and GQA: no more than a few cold values."""
+    """Masks, biases, dropout, GQA, plans and what changes logits: no more than a few cold values."""
     spilling = [row for row in rows if row["spills"] > 256 and row["case"][1:3] != [256, "float32"]]
     assert not spilling, spilling
 
@@ -76,3 +88,17 @@ def test_hopper_and_blackwell_use_their_tensor_cores(rows):
 
 def test_fp32_is_not_tf32(rows):
     assert not [row for row in select(rows, dtype="float32") if row["tf32"]]
+
+
+def test_plans_of_other_lengths_and_contents_are_not_compiled_again():
+    script = Path(__file__).with_name("triton_offline.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, str(script), "--specializations"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: dict[str, set[str]] = {}
+    for line in done.stdout.splitlines():
+        kernel, specialization = json.loads(line)
+        found.setdefault(kernel, set()).add(specialization)
+    for kernel in ("forward_kernel", "keys_kernel", "queries_kernel"):
+        assert len(found[kernel]) == 1, kernel

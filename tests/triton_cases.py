@@ -26,6 +26,7 @@ from harness import (
 )
 
 from fastattn.backends import triton as backend
+from fastattn.params import SoftmaxTensors
 from fastattn.testing import LAYOUTS, Case, dropout_mask, make, max_error, next_rng, random_mask, relayout
 
 check = partial(harness.check, backend="triton")
@@ -137,7 +138,7 @@ def test_dropout_bits(p):
     rng = torch.tensor([0x7EDCBA9876543210, 2**40 + 3], device=DEVICE)
     params = harness.SoftmaxParams(1.0, dropout_p=p)
     v = torch.eye(Lk, device=DEVICE).expand(B, H, Lk, Lk)
-    out, *_ = backend.softmax_forward(q, k, v, None, None, rng, params, False)
+    out, *_ = backend.softmax_forward(SoftmaxTensors(q, k, v, rng=rng), params, False)
     assert torch.equal(out != 0, dropout_mask(rng, p, B, H, Lq, Lk))
 
 
@@ -238,11 +239,12 @@ def test_gradients_not_asked_for_are_not_made(bias_shape):
     case = vary(SMALL, Hk=1, Lq=17, Lk=18, bias=bias_shape)
     inputs = make(case, FP32, device=DEVICE)
     params = harness.SoftmaxParams(0.25, "bottom_right")
-    q, k, v, _, bias, dout, dlse = inputs
-    out, _, parts = backend.softmax_forward(q, k, v, None, bias, None, params, True)
+    q, k, v, _, bias, dout, dlse = inputs[:7]
+    x = SoftmaxTensors(q, k, v, bias)
+    out, _, parts = backend.softmax_forward(x, params, True)
 
     def gradients(needs, dlse=dlse):
-        return backend.softmax_backward(dout, dlse, q, k, v, None, bias, None, out, parts, params, needs)
+        return backend.softmax_backward(dout, dlse, x, out, parts, params, (*needs, False))[:4]
 
     full = gradients((True,) * 4)
     for n in range(4):

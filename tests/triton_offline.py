@@ -19,9 +19,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastattn.kernels.softmax import backward, forward
-from fastattn.params import SoftmaxParams
+from fastattn.masks import causal, prefix
+from fastattn.params import SoftmaxParams, SoftmaxTensors
 
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.bool: "i1", torch.int64: "i64"}
+TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.bool: "i1", torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
 
 
 class Case(NamedTuple):
@@ -36,6 +39,11 @@ class Case(NamedTuple):
     bias: str = ""  # "full": [B, H, Lq, Lk], "heads": [1, H, Lq, Lk], "keys": [1, H, 1, Lk]
     dropout_p: float = 0.0
     Lq: int = 512
+    softcap: float = 0.0
+    slopes: bool = False
+    sinks: bool = False
+    diagonal: bool = False
+    plan: bool = False
 
 
 ARCHS = (80, 90, 100)
@@ -52,6 +60,12 @@ EXTRAS = [
     Case(90, 128, mask=True, bias="heads", dropout_p=0.1, causal="top_left"),
     Case(80, 64, mask=True, bias="full"),
     Case(100, 256, bias="keys", dropout_p=0.1),
+    *(Case(arch, D, plan=True) for arch in ARCHS for D in (64, 128, 256)),
+    Case(90, 64, "float32", plan=True),
+    Case(90, 128, causal="top_left", softcap=30.0),
+    Case(80, 64, causal="top_left", slopes=True),
+    Case(90, 64, causal="top_left", sinks=True),
+    Case(90, 128, softcap=30.0, slopes=True, sinks=True, diagonal=True, plan=True, bias="heads", group=4),
 ]
 # Too many for every test run.
 MORE = [
@@ -72,11 +86,18 @@ def launches(case: Case) -> list[Launch]:
     B, H, L, D, dtype = 2, 4, 512, case.D, getattr(torch, case.dtype)
     q, k = torch.zeros(B, H, case.Lq, D, dtype=dtype), torch.zeros(B, H // case.group, L, D, dtype=dtype)
     lse, parts = torch.zeros(B, H, case.Lq), torch.zeros(B, H, case.Lq, 2)
-    rng = torch.zeros(2, dtype=torch.int64) if case.dropout_p else None
-    mask = torch.ones(B, H, case.Lq, L, dtype=torch.bool) if case.mask else None
     shapes = {"full": (B, H, case.Lq, L), "heads": (1, H, case.Lq, L), "keys": (1, H, 1, L)}
-    bias = torch.zeros(shapes[case.bias], dtype=dtype) if case.bias else None
-    params = SoftmaxParams(0.1, case.causal, dropout_p=case.dropout_p)
+    x = SoftmaxTensors(
+        q, k, k,
+        bias=torch.zeros(shapes[case.bias], dtype=dtype) if case.bias else None,
+        slopes=torch.zeros(1, H) if case.slopes else None,
+        sinks=torch.zeros(H) if case.sinks else None,
+        mask=torch.ones(B, H, case.Lq, L, dtype=torch.bool) if case.mask else None,
+        diagonal=torch.zeros(case.Lq, dtype=torch.int32) if case.diagonal else None,
+        rng=torch.zeros(2, dtype=torch.int64) if case.dropout_p else None,
+        plan=(causal() | prefix(case.Lq // 7)).plan(case.Lq, L) if case.plan else None,
+    )  # fmt: skip
+    params = SoftmaxParams(0.1, case.causal, softcap=case.softcap, dropout_p=case.dropout_p)
     found: list[Launch] = []
 
     def record(kernel, n_programs, *args, **options):
@@ -84,18 +105,17 @@ def launches(case: Case) -> list[Launch]:
 
     for module in (forward, backward):
         module.launch, module.arch_of = record, lambda x: case.arch  # type: ignore[attr-defined]
-    forward.forward(q, k, k, mask, bias, rng, torch.empty_like(q), lse, parts, params)
-    backward.backward(
-        q, lse, q, k, k, mask, bias, rng, q, parts, params, torch.empty_like(q), torch.empty_like(k), torch.empty_like(k),
-        None if bias is None else torch.empty_like(bias),
-    )  # fmt: skip
+    forward.forward(x, torch.empty_like(q), lse, parts, params)
+    gradients = [None if t is None else torch.empty_like(t) for t in x[:5]]
+    backward.backward(q, lse, x, q, parts, params, *gradients)
     return found
 
 
 def signature_of(arg, specialize: bool, path: tuple[int, ...], constants: dict, attributes: dict):
     """Triton's own specialisation: None and 1 become constants, addresses and ints may be known multiples of 16."""
     if isinstance(arg, tuple):
-        return tuple(signature_of(x, specialize, (*path, n), constants, attributes) for n, x in enumerate(arg))
+        types = [signature_of(x, specialize, (*path, n), constants, attributes) for n, x in enumerate(arg)]
+        return type(arg)(*types) if hasattr(arg, "_fields") else tuple(types)
     if arg is None or (specialize and isinstance(arg, int) and arg == 1):
         constants[path] = arg
         return "constexpr"
@@ -109,7 +129,8 @@ def signature_of(arg, specialize: bool, path: tuple[int, ...], constants: dict, 
     return "i32" if -(2**31) <= arg < 2**31 else "i64"
 
 
-def compile_launch(launch: Launch, arch: int):
+def specialization(launch: Launch):
+    """(signature, constants, attributes): a launch for which these differ is compiled again."""
     kernel, args, options = launch
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
@@ -121,6 +142,12 @@ def compile_launch(launch: Launch, arch: int):
             signature[parameter.name] = signature_of(
                 args[n], not parameter.do_not_specialize, (n,), constants, attributes
             )
+    return signature, constants, attributes
+
+
+def compile_launch(launch: Launch, arch: int):
+    kernel, _, options = launch
+    signature, constants, attributes = specialization(launch)
     compiler_options = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
     return triton.compile(
         ASTSource(kernel, signature, constants, attributes),
@@ -161,8 +188,16 @@ def report(case: Case) -> list[dict]:
 
 
 def main() -> None:
-    """Arguments: nothing (all cases), an architecture and a head dimension, or --slice n m of those that are tested."""
+    """Arguments: nothing (all cases), an architecture and a head dimension, or --slice n m of those that are tested.
+
+    --specializations compiles nothing: it prints what Triton would compile plans of several lengths and contents for.
+    """
     words = sys.argv[1:]
+    if words == ["--specializations"]:
+        for Lq in (300, 512, 64, 65):
+            for launch in launches(Case(90, 64, plan=True, Lq=Lq)):
+                print(json.dumps([launch.kernel.__name__, str(specialization(launch))]))
+        return
     numbers = [int(word) for word in words if word.isdigit()]
     if words[:1] == ["--slice"]:
         cases = (DEFAULTS + EXTRAS)[numbers[0] :: numbers[1]]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from types import ModuleType
 
 from ..case import Case
-from . import softmax
+from . import masks, softmax
 
-OPS: dict[str, ModuleType] = {"softmax": softmax}
+OPS: dict[str, ModuleType] = {"softmax": softmax, "masks": masks}
 
 
 def all_cases() -> list[Case]:

@@ -19,7 +19,7 @@ TensorView dense_view(py::handle tensor, const char* name, DType dtype, int dims
         refuse("malformed plan: " + std::string(name) + " has the wrong shape");
     }
     const bool packed = view.size[3] <= 1 || view.stride[3] == 1;
-    if (found > 1 && (!packed || (dims == 2 && view.stride[2] != columns))) {
+    if (found > 0 && (!packed || (found > 1 && dims == 2 && columns > 0 && view.stride[2] != columns))) {
         refuse("malformed plan: " + std::string(name) + " must be contiguous");
     }
     return view;
@@ -127,8 +127,10 @@ TilePlanView plan_view(py::handle plan) {
     TilePlanView view;
     view.batches = number(f, kBatches);
     view.heads = number(f, kHeads);
-    view.q_tiles = tile_count(number(f, kLq));
-    view.k_tiles = tile_count(number(f, kLk));
+    view.Lq = number(f, kLq);
+    view.Lk = number(f, kLk);
+    view.q_tiles = tile_count(view.Lq);
+    view.k_tiles = tile_count(view.Lk);
     if (number(f, kTileSize) != kTile) refuse("the native kernels take plans of tile 64");
     const int64_t slices = view.batches * view.heads;
     int64_t row_lists, column_lists;

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <initializer_list>
 
+#include "plan.h"
 #include "tensor.h"
 
 namespace py = pybind11;
@@ -73,15 +74,8 @@ float* floats(const TensorView& t, const char* name, const int64_t (&sizes)[4]) 
     return reinterpret_cast<float*>(t.data);
 }
 
-SoftmaxParams params(py::handle q, py::handle k, py::handle v, py::handle mask, py::handle bias, py::handle rng,
-                     py::handle out, double scale, py::handle lo, py::handle hi, double dropout_p, int threads) {
-    SoftmaxParams p{};
-    p.q = view_of(q, "q", 4);
-    p.k = view_of(k, "k", 4);
-    p.v = view_of(v, "v", 4);
-    p.mask = view_of(mask, "mask", 4, true);
-    p.bias = view_of(bias, "bias", 4, true);
-    p.out = view_of(out, "out", 4);
+// Of q, k, v and out.
+void check_shapes(const SoftmaxParams& p) {
     const int64_t B = p.B(), Hq = p.Hq(), Hk = p.Hk(), Lq = p.Lq(), Lk = p.Lk();
     expect(p.k, "k", {B, Hk, Lk, p.D()});
     expect(p.v, "v", {B, Hk, Lk, p.Dv()});
@@ -94,6 +88,39 @@ SoftmaxParams params(py::handle q, py::handle k, py::handle v, py::handle mask, 
     if (p.q.dtype == DType::kBool || p.k.dtype != p.q.dtype || p.v.dtype != p.q.dtype || p.out.dtype != p.q.dtype) {
         refuse("q, k, v and out must share one floating dtype");
     }
+}
+
+// Places in fastattn.params.SoftmaxTensors.
+enum Field { kQ, kK, kV, kBias, kSlopes, kSinks, kMask, kDiagonal, kRng, kPlan, kFields };
+
+// Contiguous data of `dtype` as [columns], or, with rows >= 0, as [rows | 1, columns]; null for None.
+const char* small_data(py::handle tensor, const char* name, DType dtype, int64_t rows, int64_t columns) {
+    if (tensor.is_none()) return nullptr;
+    const TensorView t = view_as(tensor, name, rows >= 0 ? 2 : 1, dtype);
+    if (t.size[3] != columns || (rows >= 0 && t.size[2] != 1 && t.size[2] != rows)) {
+        refuse(std::string(name) + " has the wrong shape");
+    }
+    refuse_unless_contiguous(t, name);
+    return t.data;
+}
+
+// What a call is made of; `plan` outlives it.
+SoftmaxParams params(py::handle tensors, py::handle out, double scale, py::handle lo, py::handle hi, double softcap,
+                     double dropout_p, int threads, TilePlanView* plan) {
+    if (!py::isinstance<py::tuple>(tensors) || py::len(tensors) != kFields) {
+        throw py::type_error("the tensors of a call are a SoftmaxTensors of fastattn.params");
+    }
+    const auto x = py::reinterpret_borrow<py::tuple>(tensors);
+    const py::handle rng = x[kRng];
+    SoftmaxParams p{};
+    p.q = view_of(x[kQ], "q", 4);
+    p.k = view_of(x[kK], "k", 4);
+    p.v = view_of(x[kV], "v", 4);
+    p.mask = view_of(x[kMask], "mask", 4, true);
+    p.bias = view_of(x[kBias], "bias", 4, true);
+    p.out = view_of(out, "out", 4);
+    check_shapes(p);
+    const int64_t B = p.B(), Hq = p.Hq(), Lq = p.Lq(), Lk = p.Lk();
     if (p.mask) {
         expect(p.mask, "mask", {B, Hq, Lq, Lk}, true);
         if (p.mask.dtype != DType::kBool) refuse("mask must be bool");
@@ -103,7 +130,21 @@ SoftmaxParams params(py::handle q, py::handle k, py::handle v, py::handle mask, 
         if (p.bias.dtype != p.q.dtype && p.bias.dtype != DType::kFloat32)
             refuse("bias must be float32 or the dtype of q");
     }
-    refuse_overlap(p.out, "out", {&p.q, &p.k, &p.v, &p.mask, &p.bias});
+    p.slopes = reinterpret_cast<const float*>(small_data(x[kSlopes], "slopes", DType::kFloat32, B, Hq));
+    if (p.slopes) p.slopes_batch = view_of(x[kSlopes], "slopes", 2).size[2] == 1 ? 0 : Hq;
+    p.sinks = reinterpret_cast<const float*>(small_data(x[kSinks], "sinks", DType::kFloat32, -1, Hq));
+    p.diagonal = reinterpret_cast<const int32_t*>(small_data(x[kDiagonal], "diagonal", DType::kInt32, -1, Lq));
+    if (!py::object(x[kPlan]).is_none()) {
+        if (p.mask) refuse("a call has a mask or a plan, not both");
+        *plan = plan_view(x[kPlan]);
+        if (plan->Lq != Lq || plan->Lk != Lk || (plan->batches != 1 && plan->batches != B) ||
+            (plan->heads != 1 && plan->heads != Hq)) {
+            refuse("the plan is for other lengths, batches or heads: q " + text(p.q) + ", k " + text(p.k));
+        }
+        p.plan = plan;
+    }
+    if (!(softcap >= 0.0) || !std::isfinite(softcap)) refuse("softcap must be finite and >= 0");
+    p.softcap = softcap;
     if (!std::isfinite(scale)) refuse("scale must be finite");
     if (!(dropout_p >= 0.0 && dropout_p <= 1.0)) refuse("dropout_p must be in [0, 1]");
     p.scale = scale;
@@ -122,23 +163,49 @@ SoftmaxParams params(py::handle q, py::handle k, py::handle v, py::handle mask, 
     return p;
 }
 
-void forward(py::handle q, py::handle k, py::handle v, py::handle mask, py::handle bias, py::handle rng, py::handle out,
-             py::handle lse, py::handle lse_parts, double scale, py::handle lo, py::handle hi, double dropout_p,
-             int threads) {
-    SoftmaxParams p = params(q, k, v, mask, bias, rng, out, scale, lo, hi, dropout_p, threads);
+void forward(py::handle tensors, py::handle out, py::handle lse, py::handle lse_parts, double scale, py::handle lo,
+             py::handle hi, double softcap, double dropout_p, int threads) {
+    TilePlanView plan;
+    SoftmaxParams p = params(tensors, out, scale, lo, hi, softcap, dropout_p, threads, &plan);
     const TensorView whole = view_of(lse, "lse", 3), parts = view_of(lse_parts, "lse_parts", 4, true);
     p.lse = floats(whole, "lse", {1, p.B(), p.Hq(), p.Lq()});
     p.lse_parts = floats(parts, "lse_parts", {p.B(), p.Hq(), p.Lq(), 2});
-    refuse_overlap(p.out, "out", {&whole, &parts});
+    refuse_overlap(p.out, "out", {&p.q, &p.k, &p.v, &p.mask, &p.bias, &whole, &parts});
     const py::gil_scoped_release released;
     softmax_forward(p);
 }
 
-void backward(py::handle dout, py::handle dlse, py::handle q, py::handle k, py::handle v, py::handle mask,
-              py::handle bias, py::handle rng, py::handle out, py::handle lse_parts, py::handle dq, py::handle dk,
-              py::handle dv, py::handle dbias, double scale, py::handle lo, py::handle hi, double dropout_p,
-              int threads) {
-    SoftmaxParams p = params(q, k, v, mask, bias, rng, out, scale, lo, hi, dropout_p, threads);
+// A forward call without options whose lse nobody wants: what decoding a token pays for each layer. False where
+// anything is unusual; the general call says what. Causal is 0, 1 (top-left) or 2 (bottom-right).
+bool plain_forward(py::handle q, py::handle k, py::handle v, py::handle out, py::handle scale, int causal, bool grouped,
+                   int threads) {
+    SoftmaxParams p{};
+    try {
+        p.q = view_of(q, "q", 4);
+        p.k = view_of(k, "k", 4);
+        p.v = view_of(v, "v", 4);
+        if (p.Dv() != p.D() || p.D() == 0 || (p.Hk() != p.Hq() && !grouped)) return false;
+        p.out = view_of(out, "out", 4);
+        check_shapes(p);
+        refuse_overlap(p.out, "out", {&p.q, &p.k, &p.v});
+        p.scale = scale.is_none() ? std::pow(static_cast<double>(p.D()), -0.5) : scale.cast<double>();
+    } catch (const std::exception&) {
+        return false;
+    }
+    if (!std::isfinite(p.scale) || threads < 1 || threads > 4096) return false;
+    p.lo = -kUnbounded;
+    p.hi = causal == 0 ? kUnbounded : causal == 1 ? 0 : p.Lk() - p.Lq();
+    p.threads = threads;
+    const py::gil_scoped_release released;
+    softmax_forward(p);
+    return true;
+}
+
+void backward(py::handle dout, py::handle dlse, py::handle tensors, py::handle out, py::handle lse_parts, py::handle dq,
+              py::handle dk, py::handle dv, py::handle dbias, py::handle dslopes, double scale, py::handle lo,
+              py::handle hi, double softcap, double dropout_p, int threads) {
+    TilePlanView plan;
+    SoftmaxParams p = params(tensors, out, scale, lo, hi, softcap, dropout_p, threads, &plan);
     p.lse_parts = floats(view_of(lse_parts, "lse_parts", 4), "lse_parts", {p.B(), p.Hq(), p.Lq(), 2});
     SoftmaxGradients g{};
     g.dout = view_of(dout, "dout", 4);
@@ -164,6 +231,14 @@ void backward(py::handle dout, py::handle dlse, py::handle q, py::handle k, py::
     if (g.dbias && !p.bias) refuse("dbias without bias");
     same(g.dbias, "dbias", p.bias, DType::kFloat32);
     if (g.dbias) refuse_unless_contiguous(g.dbias, "dbias");
+    if (!dslopes.is_none()) {
+        if (!p.slopes) refuse("dslopes without slopes");
+        const TensorView t = view_as(dslopes, "dslopes", 2, DType::kFloat32);
+        const TensorView slopes = view_of(py::reinterpret_borrow<py::tuple>(tensors)[kSlopes], "slopes", 2);
+        expect(t, "dslopes", {1, 1, slopes.size[2], p.Hq()});
+        refuse_unless_contiguous(t, "dslopes");
+        g.dslopes = reinterpret_cast<float*>(t.data);
+    }
     const std::initializer_list<const TensorView*> read = {&p.q, &p.k, &p.v, &p.out, &g.dout, &p.mask, &p.bias};
     refuse_overlap(g.dq, "dq", read);
     refuse_overlap(g.dk, "dk", read);
@@ -179,13 +254,15 @@ void backward(py::handle dout, py::handle dlse, py::handle q, py::handle k, py::
 }  // namespace
 
 void register_softmax(py::module_& m) {
-    m.def(
-        "softmax_forward", &forward,
-        "softmax_forward(q, k, v, mask, bias, rng, out, lse, lse_parts, scale, lo, hi, dropout_p, threads): fills out, "
-        "lse and, if not None, lse_parts");
+    m.def("softmax_forward", &forward,
+          "softmax_forward(tensors, out, lse, lse_parts, scale, lo, hi, softcap, dropout_p, threads): fills out, lse "
+          "and, "
+          "if not None, lse_parts");
     m.def("softmax_backward", &backward,
-          "softmax_backward(dout, dlse, q, k, v, mask, bias, rng, out, lse_parts, dq, dk, dv, dbias, scale, lo, hi, "
+          "softmax_backward(dout, dlse, tensors, out, lse_parts, dq, dk, dv, dbias, dslopes, scale, lo, hi, softcap, "
           "dropout_p, threads): fills the gradients that are not None");
+    m.def("softmax_plain_forward", &plain_forward,
+          "softmax_plain_forward(q, k, v, out, scale, causal, grouped, threads): fills out, or returns False");
     m.def(
         "is_decode", [](int64_t Lq, int64_t group, int64_t Lk) { return is_decode(Lq, group, Lk); },
         "whether the keys are split instead of the queries");

@@ -5,33 +5,13 @@
 #include "fastattn/parallel.h"
 #include "fastattn/softmax.h"
 #include "softmax_backward_bias.h"
+#include "softmax_backward_slopes.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
 namespace {
 
 constexpr double kSerialWork = 1 << 19;  // scores x (D + Dv) under which waking a team costs more than it saves
-
-void store_row(const TensorView& t, int64_t b, int64_t h, int64_t i, int64_t cols, const float* row, float factor) {
-    char* target = t.row(b, h, i);
-    const Vec factors = vset(factor);
-    for (int64_t c = 0; c < cols; c += W) {
-        const Vec a = row ? vmul(vload(row + c), factors) : vzero();
-        store_floats(target, t.dtype, c, t.stride[3], a, static_cast<int>(least<int64_t>(W, cols - c)));
-    }
-}
-
-// Rows [i0, i0 + n) of a gradient: `rows` times factor, or zeros where rows is null.
-void store_rows(const TensorView& t, int64_t b, int64_t h, int64_t i0, int64_t n, const float* rows, int64_t ld,
-                float factor) {
-    for (int64_t r = 0; r < n; ++r) store_row(t, b, h, i0 + r, t.size[3], rows ? rows + r * ld : nullptr, factor);
-}
-
-void store_zeros(const TensorView& t) {
-    for (int64_t b = 0; t && b < t.size[0]; ++b) {
-        for (int64_t h = 0; h < t.size[1]; ++h) store_rows(t, b, h, 0, t.size[2], nullptr, 0, 1.0f);
-    }
-}
 
 template <class Math>
 class Backward {
@@ -43,13 +23,16 @@ class Backward {
           sight_(p, Sizes::kQueries, sizes_.keys),
           dropout_(p),
           bias_(p, g.dbias),
+          slopes_(p, g.dslopes),
+          logits_(makes_logits(p)),
           scale_(static_cast<float>(p.scale)),
-          factor_(p.bias ? kLog2e : scale_ * kLog2e),
+          factor_(logits_ ? kLog2e : scale_ * kLog2e),
           rows_(sizes_.q_blocks * Sizes::kQueries),
           words_(ceil_div(p.Lq(), 64)),
+          judged_(sight_.judged_rows()),
           dq_in_place_(g.dq && g.dq.dtype == DType::kFloat32 && g.dq.stride[3] == 1 && p.D() % W == 0),
-          needs_ds_(g.dq || g.dk || g.dbias),
-          in_turn_(g.dq || bias_.by_row()),
+          needs_ds_(g.dq || g.dk || g.dbias || g.dslopes),
+          in_turn_(g.dq || bias_.by_row() || slopes_.wanted()),
           top_(p.B() * p.Hq() * rows_ * 4),
           tail_(p.B() * p.Hq() * rows_ * 4),
           delta_(p.B() * p.Hq() * rows_ * 4),
@@ -89,12 +72,17 @@ class Backward {
             }
         });
         bias_.finish();
+        slopes_.finish();
     }
 
    private:
     using Sizes = BackwardSizes<Math>;
     using Buffers = BackwardBuffers<Math>;
 
+    // Sums over keys of a block of queries, until it is its turn to add them.
+    struct RowSums {
+        float bias[Sizes::kQueries] = {}, slopes[Sizes::kQueries] = {};
+    };
     // Queries [i0, i0 + rows) of (b, h), block m.
     struct Queries {
         int64_t b, h, m, i0;
@@ -144,6 +132,7 @@ class Backward {
         if (first < sizes_.k_blocks) return;
         if (g_.dq) store_rows(g_.dq, x.b, x.h, x.i0, x.rows, nullptr, 0, 1.0f);
         if (bias_.by_row()) bias_.zero_rows(x.b, x.h, x.i0, x.rows);
+        if (slopes_.wanted()) slopes_.zero_rows(x.b, x.h, x.i0, x.rows);
     }
 
     // All queries of the group of (b, hk) against key block n.
@@ -185,18 +174,13 @@ class Backward {
     }
 
     void query_block(Buffers& x, const Queries& q, int64_t n) const {
-        const Source rows = query_rows(p_.q, q), drows = query_rows(g_.dout, q);
-        pack_rows<Math>(rows, q.i0, q.rows, p_.D(), 1.0f, x.q);
-        if (needs_ds_) pack_rows<Math>(drows, q.i0, q.rows, p_.Dv(), 1.0f, x.o);
-        if (g_.dk) pack_summed<Math>(rows, q.i0, q.rows, p_.D(), x.q_summed, steps(), 0);
-        if (g_.dv) pack_summed<Math>(drows, q.i0, q.rows, p_.Dv(), x.o_summed, steps(), 0);
-
-        float row_sums[Sizes::kQueries] = {};
+        pack_queries(x, q, n);
+        RowSums row_sums;
         uint64_t used[kMaxPanels] = {};  // row groups of each panel that see anything
         for (int64_t panel = 0; panel < sizes_.panels;) {
             const int64_t tile = (n * sizes_.keys + panel * kPanel) / kTile;
             const int64_t end = panel + kTile / kPanel;
-            const auto cover = sight_.look(q.b, q.h, q.i0, q.rows, tile, bool(p_.bias), x.visible);
+            const auto cover = sight_.look(q.b, q.h, q.i0, q.rows, tile, logits_, x.visible);
             if (cover == BackwardSight::kNothing) {
                 panel = end;
                 continue;
@@ -205,7 +189,7 @@ class Backward {
                 x.keep[r] = keep_word(dropout_, q.b * p_.Hq() + q.h, q.i0 + r, tile);
             }
             for (; panel < end; ++panel) {
-                bool masked = bool(p_.bias);
+                bool masked = logits_;
                 used[panel] =
                     cover == BackwardSight::kAll ? ~uint64_t{0} >> (64 - groups(q)) : seen_groups(x, q, panel, masked);
                 if (used[panel]) key_panel(x, q, n, panel, used[panel], masked, row_sums);
@@ -214,17 +198,31 @@ class Backward {
         if (in_turn_) add_in_turn(x, q, n, used, row_sums);
     }
 
+    // Rows of tiles that see nothing of key block n are left out at both ends: no product reads them.
+    void pack_queries(Buffers& x, const Queries& q, int64_t n) const {
+        int r0 = 0, r1 = q.rows;
+        while (r0 + kTile < r1 && !sight_.touches(q.b, q.h, q.i0 + r0, n)) r0 += kTile;
+        while (r1 > r0 + kTile && !sight_.touches(q.b, q.h, q.i0 + (r1 - 1) / kTile * kTile, n))
+            r1 = (r1 - 1) / kTile * kTile;
+        const Source rows = query_rows(p_.q, q), drows = query_rows(g_.dout, q);
+        const int64_t i0 = q.i0 + r0, count = r1 - r0, at = r0 / Math::kPair;
+        pack_rows<Math>(rows, i0, count, p_.D(), 1.0f, x.q + r0 * sizes_.ld_q);
+        if (needs_ds_) pack_rows<Math>(drows, i0, count, p_.Dv(), 1.0f, x.o + r0 * sizes_.ld_o);
+        if (g_.dk) pack_summed<Math>(rows, i0, count, p_.D(), x.q_summed, steps(), at);
+        if (g_.dv) pack_summed<Math>(drows, i0, count, p_.Dv(), x.o_summed, steps(), at);
+    }
+
     static constexpr int64_t steps() { return Sizes::kQueries / Math::kPair; }
-    static int groups(const Queries& q) { return (q.rows + kTall - 1) / kTall; }
+    int groups(const Queries& q) const { return (q.rows + judged_ - 1) / judged_; }
     static int shift_of(int64_t panel) { return static_cast<int>(panel * kPanel % kTile); }
 
     // Row groups that see some key of the panel; `masked` if one of them does not see all.
     uint64_t seen_groups(const Buffers& x, const Queries& q, int64_t panel, bool& masked) const {
         const uint64_t all = ~uint64_t{0} >> (64 - kPanel) << shift_of(panel);
         uint64_t found = 0;
-        for (int g = 0; g * kTall < q.rows; ++g) {
+        for (int g = 0; g * judged_ < q.rows; ++g) {
             uint64_t any = 0, every = all;
-            for (int r = g * kTall; r < least(q.rows, (g + 1) * kTall); ++r) {
+            for (int r = g * judged_; r < least(q.rows, (g + 1) * judged_); ++r) {
                 any |= x.visible[r];
                 every &= x.visible[r];
             }
@@ -237,18 +235,18 @@ class Backward {
 
     // One panel of keys: scores to weights and their gradients, strip by strip, then what they add to dV and dK.
     void key_panel(Buffers& x, const Queries& q, int64_t n, int64_t panel, uint64_t used, bool masked,
-                   float* row_sums) const {
+                   RowSums& row_sums) const {
         constexpr int kMaxRuns = Sizes::kGroups / 2 + 1;
         Segment runs[kMaxRuns];
         int count = 0;
         for (uint64_t left = used; left;) {
             const int first = __builtin_ctzll(left), length = __builtin_ctzll(~(left >> first));
             left &= ~uint64_t{0} << (first + length);
-            const int r1 = least(q.rows, (first + length) * kTall);
-            for (int r = first * kTall; r < r1; r += kStrip) {
+            const int r1 = least(q.rows, (first + length) * judged_);
+            for (int r = first * judged_; r < r1; r += kStrip) {
                 strip(x, q, n, panel, r, least(kStrip, r1 - r), masked, row_sums);
             }
-            const int64_t at = first * kTall / Math::kPair;
+            const int64_t at = first * judged_ / Math::kPair;
             runs[count++] = {at, at, units<Math>(r1) - at};
         }
         const int64_t key = panel * kPanel;
@@ -266,12 +264,13 @@ class Backward {
 
     // P and dS of rows [r0, r0 + rows) of the block and one panel of keys.
     void strip(Buffers& x, const Queries& q, int64_t n, int64_t panel, int r0, int rows, bool masked,
-               float* row_sums) const {
+               RowSums& row_sums) const {
         Strip s;
         const int64_t head = (q.b * p_.Hq() + q.h) * rows_ + q.i0 + r0, j0 = n * sizes_.keys + panel * kPanel;
         s.top = top_.as<float>() + head;
         s.tail = tail_.as<float>() + head;
         s.delta = delta_.as<float>() + head;
+        s.damp = x.damp;
         s.visible = x.visible + r0;
         s.keep = x.keep + r0;
         s.shift = shift_of(panel);
@@ -297,26 +296,28 @@ class Backward {
         if (rows % Math::kPair) {  // the missing row of the last pair
             memset(s.scores + rows * kPanel, 0, sizeof(float) * kPanel);
             memset(s.dweights + rows * kPanel, 0, sizeof(float) * kPanel);
+            if (s.damp) memset(s.damp + rows * kPanel, 0, sizeof(float) * kPanel);
             x.visible[r0 + rows] = x.keep[r0 + rows] = 0;
         }
-        if (p_.bias) add_bias(p_, q.b, q.h, q.i0 + r0, j0, rows, scale_, s.shift, s.scores, x.visible + r0);
-        const bool keep_sums = bias_.wanted();
+        if (logits_) make_logits(p_, q.b, q.h, q.i0 + r0, j0, rows, s, x.visible + r0);
+        const bool keep_sums = bias_.wanted() || slopes_.wanted();
         if (p_.dropout_p > 0) {
-            masked ? weigh<Math, true, true>(s, rows, factor_, dropout_.factor, keep_sums)
-                   : weigh<Math, false, true>(s, rows, factor_, dropout_.factor, keep_sums);
+            weigh_strip<Math, true>(s, rows, masked, factor_, dropout_.factor, keep_sums);
         } else {
-            masked ? weigh<Math, true, false>(s, rows, factor_, 1.0f, keep_sums)
-                   : weigh<Math, false, false>(s, rows, factor_, 1.0f, keep_sums);
+            weigh_strip<Math, false>(s, rows, masked, factor_, 1.0f, keep_sums);
         }
-        if (keep_sums) bias_.add(q.b, q.h, q.i0 + r0, j0, rows, s.dweights, row_sums + r0);
+        const float* ds = s.damp ? s.damp : s.dweights;
+        if (bias_.wanted()) bias_.add(q.b, q.h, q.i0 + r0, j0, rows, ds, row_sums.bias + r0);
+        if (slopes_.wanted()) slopes_.add(q.i0 + r0, j0, rows, ds, row_sums.slopes + r0);
     }
 
     // Adds to the sums over keys of these queries, after the key block before n and before the one after it.
-    void add_in_turn(Buffers& x, const Queries& q, int64_t n, const uint64_t* used, const float* row_sums) const {
+    void add_in_turn(Buffers& x, const Queries& q, int64_t n, const uint64_t* used, const RowSums& row_sums) const {
         const int64_t after = sight_.next(q.b, q.h, q.m, n + 1);
         const bool first = sight_.next(q.b, q.h, q.m, 0) == n, last = after == sizes_.k_blocks;
         wait_until(turn(q), n);
-        if (bias_.by_row()) bias_.add_rows(q.b, q.h, q.i0, q.rows, row_sums, first);
+        if (bias_.by_row()) bias_.add_rows(q.b, q.h, q.i0, q.rows, row_sums.bias, first);
+        if (slopes_.wanted()) slopes_.add_rows(q.b, q.h, q.i0, q.rows, row_sums.slopes, first);
         if (g_.dq) {
             float* dq = x.dq;
             int64_t ld = sizes_.ld_d;
@@ -357,8 +358,8 @@ class Backward {
                 segments[segment_count++] = {int64_t{panel} * Sizes::kQueries * Sizes::kUnits, panel * Sizes::kUnits,
                                              Sizes::kUnits};
             }
-            const int64_t r0 = g * kTall;
-            const int rows = static_cast<int>(least<int64_t>(end * kTall, q.rows) - r0);
+            const int64_t r0 = g * judged_;
+            const int rows = static_cast<int>(least<int64_t>(end * judged_, q.rows) - r0);
             gemm<Math, store, kTall>(rows, static_cast<int>(sizes_.d_vecs),
                                      {x.dscores_by_key + r0 * Sizes::kUnits, Sizes::kUnits, 1}, segments, segment_count,
                                      x.k_rows, sizes_.key_units, dq + r0 * ld, ld);
@@ -372,8 +373,11 @@ class Backward {
     const BackwardSight sight_;
     const Dropout dropout_;
     const BiasGradient bias_;
-    const float scale_, factor_;  // factor: of a score or, with bias, of a logit in the exponent of 2
+    const SlopeGradient slopes_;
+    const bool logits_;           // scores are turned into logits first
+    const float scale_, factor_;  // the logit in base 2 is score * factor, or, with `logits_`, logit * factor
     const int64_t rows_, words_;  // of a head: query rows in whole blocks, words of their bits
+    const int judged_;            // rows whose visibility is judged together
     const bool dq_in_place_, needs_ds_, in_turn_;
     const Scratch top_, tail_, delta_, live_, turn_, dq_;
 };
@@ -383,6 +387,7 @@ class Backward {
 void softmax_backward(const SoftmaxParams& p, const SoftmaxGradients& g) {
     if (p.B() == 0 || p.Hq() == 0 || p.Lq() == 0 || p.Lk() == 0) {
         for (const TensorView* t : {&g.dq, &g.dk, &g.dv, &g.dbias}) store_zeros(*t);
+        for (int64_t n = 0; g.dslopes && n < p.Hq() * (p.slopes_batch ? p.B() : 1); ++n) g.dslopes[n] = 0;
         return;
     }
 #ifdef FASTATTN_HAS_BF16_DOT

@@ -1,26 +1,22 @@
-// Bias in the backward pass: added to the scores of a strip, and its gradient summed over what it broadcasts along.
+// Logits of a strip in the backward pass, and the gradient of the bias, summed over what it broadcasts along.
 #pragma once
 #include "softmax_backward_block.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-// Scores of `rows` rows to logits, s * scale + bias; -inf hides its key.
-inline void add_bias(const SoftmaxParams& p, int64_t b, int64_t h, int64_t i0, int64_t j0, int rows, float scale,
-                     int shift, float* scores, uint64_t* visible) {
-    const int64_t stride = p.bias.last_stride();
-    const Vec scales = vset(scale);
+// Scores of `rows` rows to logits, and the derivative of the softcap; a bias of -inf hides its key.
+inline void make_logits(const SoftmaxParams& p, int64_t b, int64_t h, int64_t i0, int64_t j0, int rows, const Strip& x,
+                        uint64_t* visible) {
     for (int r = 0; r < rows; ++r) {
-        const char* source = p.bias.row(b, h, i0 + r);
+        const RowLogits logits(p, b, h, i0 + r);
         for (int v = 0; v < 2; ++v) {
-            const int64_t j = j0 + v * W;
-            const int n = static_cast<int>(most<int64_t>(0, least<int64_t>(W, p.Lk() - j)));
-            const Vec bias =
-                stride == 0 ? vset(load_one(source, p.bias.dtype, 0)) : load_floats(source, p.bias.dtype, j, stride, n);
-            float* s = scores + r * kPanel + v * W;
-            vstore(s, vfma(vload(s), scales, bias));
-            const uint64_t hidden = ~vnot_equal(bias, vset(-kInfinity)) & ((uint64_t{1} << W) - 1);
-            visible[r] &= ~(hidden << (shift + v * W));
+            const int at = r * kPanel + v * W;
+            const RowLogits::Made made = logits(vload(x.scores + at), j0 + v * W);
+            vstore(x.scores + at, made.z);
+            if (x.damp) vstore(x.damp + at, made.damp);
+            const uint64_t hidden = ~vnot_equal(made.added, vset(-kInfinity)) & ((uint64_t{1} << W) - 1);
+            visible[r] &= ~(hidden << (x.shift + v * W));
         }
     }
 }

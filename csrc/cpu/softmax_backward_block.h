@@ -6,6 +6,7 @@
 #include "fastattn/tile_plan.h"
 #include "pack.h"
 #include "philox.h"
+#include "softmax_logits.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -27,6 +28,7 @@ struct BackwardSizes {
     int64_t D, Dv, d_units, dv_units, ld_q, ld_o;  // ld_q, ld_o: units of a row of q and dout
     int64_t d_vecs, dv_vecs, ld_d, ld_dv;          // ld_d, ld_dv: floats of a row of sums
     int64_t keys, key_units, panels, q_blocks, k_blocks;
+    bool capped;  // softcap
 
     explicit BackwardSizes(const SoftmaxParams& p)
         : D(p.D()),
@@ -43,7 +45,8 @@ struct BackwardSizes {
           key_units(keys / Math::kPair),
           panels(keys / kPanel),
           q_blocks(ceil_div(p.Lq(), kQueries)),
-          k_blocks(ceil_div(p.Lk(), keys)) {}
+          k_blocks(ceil_div(p.Lk(), keys)),
+          capped(p.softcap > 0) {}
 
     // Packed keys and their sums stay in a second-level cache. Few keys in all make narrow blocks: work for every
     // thread.
@@ -60,6 +63,7 @@ struct BackwardBuffers {
     float *q, *o, *q_summed, *o_summed;            // A operands of Q K^T, dO V^T; B of dS^T Q, P^T dO
     float *dk, *dv, *dq;                           // sums
     float *scores = nullptr, *dweights = nullptr;  // one strip of S and of dP, then of dS
+    float* damp = nullptr;                         // of the same strip, see Strip
     float *weights, *dscores = nullptr;            // one panel of P and dS, units along queries
     float* dscores_by_key;                         // all panels of dS, units along keys
     uint64_t *visible, *keep;                      // bits of the query rows for one key tile
@@ -91,6 +95,7 @@ struct BackwardBuffers {
             dweights = take(kStrip * kPanel);
             dscores = take(rows / Math::kPair * kPanel);
         }
+        if (s.capped) damp = take(kStrip * kPanel);
         visible = reinterpret_cast<uint64_t*>(take(2 * rows));
         keep = reinterpret_cast<uint64_t*>(take(2 * rows));
         return at;
@@ -115,18 +120,17 @@ class BackwardSight {
         const int64_t i_end = least((m + 1) * queries_, p_.Lq());
         int64_t found = k_blocks_;
         for (int64_t i0 = m * queries_; i0 < i_end; i0 += rows) {
-            const int64_t first = most(most<int64_t>(0, i0 + p_.lo), n * keys_);
-            const int64_t last = least(p_.Lk(), least(i0 + rows, i_end) + p_.hi);
-            if (first >= last) continue;
-            int64_t tile = first / kTile;
-            if (sight_.plan.row_start) {
-                const TileRun* run = find(b, h, i0 / kTile, tile);
-                if (!run) continue;
-                tile = most<int64_t>(tile, run->first);
-            }
-            if (tile * kTile < last) found = least(found, tile * kTile / keys_);
+            found = least(found, first_block(b, h, i0, least(i0 + rows, i_end), n));
         }
         return found;
+    }
+
+    // Rows whose visibility is judged together: a register tile, or, so that the tiles of a plan are whole groups, 16.
+    int judged_rows() const { return sight_.plan.row_start ? 16 : kTall; }
+
+    // Whether the tile of queries from i0 on may touch key block n.
+    bool touches(int64_t b, int64_t h, int64_t i0, int64_t n) const {
+        return first_block(b, h, i0, least(i0 + kTile, p_.Lq()), n) == n;
     }
 
     // Bits of key tile `tile` that the rows from i0 on see; they are written only where the answer is kPart, or
@@ -139,7 +143,7 @@ class BackwardSight {
         bool hole[2] = {false, false};
         if (sight_.plan.row_start) {
             for (int64_t t = 0; t * kTile < rows; ++t) {
-                const TileRun* run = find(b, h, i0 / kTile + t, tile);
+                const TileRun* run = find_run(sight_.plan, b, h, i0 / kTile + t, tile);
                 hole[t] = !run || run->first > tile;
                 if (!hole[t] && run->bits >= 0) words[t] = sight_.plan.words + run->bits * kTile;
                 nothing &= hole[t];
@@ -165,20 +169,17 @@ class BackwardSight {
     }
 
    private:
-    // The first run of a query tile that ends after key tile `tile`.
-    const TileRun* find(int64_t b, int64_t h, int64_t q_tile, int64_t tile) const {
-        const int32_t* start = sight_.plan.row_start + sight_.plan.slice(b, h) * sight_.plan.q_tiles + q_tile;
-        int64_t low = start[0], high = start[1];
-        while (low < high) {
-            const int64_t middle = (low + high) / 2;
-            const TileRun& run = sight_.plan.rows[middle];
-            if (run.first + run.count > tile) {
-                high = middle;
-            } else {
-                low = middle + 1;
-            }
+    // The same for queries [i0, i1), one tile of them where there is a plan.
+    int64_t first_block(int64_t b, int64_t h, int64_t i0, int64_t i1, int64_t n) const {
+        const int64_t first = most(most<int64_t>(0, i0 + p_.lo), n * keys_), last = least(p_.Lk(), i1 + p_.hi);
+        if (first >= last) return k_blocks_;
+        int64_t tile = first / kTile;
+        if (sight_.plan.row_start) {
+            const TileRun* run = find_run(sight_.plan, b, h, i0 / kTile, tile);
+            if (!run) return k_blocks_;
+            tile = most<int64_t>(tile, run->first);
         }
-        return low < start[1] ? sight_.plan.rows + low : nullptr;
+        return tile * kTile < last ? tile * kTile / keys_ : k_blocks_;
     }
 
     const SoftmaxParams& p_;
@@ -189,6 +190,7 @@ class BackwardSight {
 // Rows of S and dP that become P and dS.
 struct Strip {
     float *scores, *dweights;         // [rows][kPanel]; dweights receives dS where it is not the output itself
+    float* damp;                      // [rows][kPanel], or null: derivative of the softcap, then dS without it
     const float *top, *tail, *delta;  // [rows]
     const uint64_t *visible, *keep;   // [rows]
     int shift;                        // the panel's first key in those words
@@ -197,8 +199,8 @@ struct Strip {
 };
 
 // P = 2^((s - top) * factor + tail), dS = P (dP - delta); both 0 where hidden. Dropout keeps some weights, times
-// keep_factor.
-template <class Math, bool kMasked, bool kDropout>
+// keep_factor. With a softcap, dS is that of the scores: times `damp`.
+template <class Math, bool kMasked, bool kDropout, bool kDamped>
 inline void weigh(const Strip& x, int rows, float factor, float keep_factor, bool keep_sums) {
     const Vec factors = vset(factor), keep_factors = vset(keep_factor);
     const auto term = [&](int r, int v, Vec& p, Vec& ds) {
@@ -217,6 +219,11 @@ inline void weigh(const Strip& x, int rows, float factor, float keep_factor, boo
             const uint32_t seen = static_cast<uint32_t>(x.visible[r] >> (x.shift + v * W));
             p = vselect(seen, p, vzero());
             ds = vselect(seen, ds, vzero());
+        }
+        if (kDamped) {
+            const Vec damp = vload(x.damp + at);
+            vstore(x.damp + at, ds);
+            ds = vmul(ds, damp);
         }
     };
     if constexpr (Math::kPair == 1) {
@@ -247,6 +254,39 @@ inline void weigh(const Strip& x, int rows, float factor, float keep_factor, boo
 #endif
     }
     (void)keep_sums;
+}
+
+template <class Math, bool kDropout>
+inline void weigh_strip(const Strip& x, int rows, bool masked, float factor, float keep_factor, bool keep_sums) {
+    if (x.damp) {
+        weigh<Math, true, kDropout, true>(x, rows, factor, keep_factor, false);
+    } else if (masked) {
+        weigh<Math, true, kDropout, false>(x, rows, factor, keep_factor, keep_sums);
+    } else {
+        weigh<Math, false, kDropout, false>(x, rows, factor, keep_factor, keep_sums);
+    }
+}
+
+inline void store_row(const TensorView& t, int64_t b, int64_t h, int64_t i, int64_t cols, const float* row,
+                      float factor) {
+    char* target = t.row(b, h, i);
+    const Vec factors = vset(factor);
+    for (int64_t c = 0; c < cols; c += W) {
+        const Vec a = row ? vmul(vload(row + c), factors) : vzero();
+        store_floats(target, t.dtype, c, t.stride[3], a, static_cast<int>(least<int64_t>(W, cols - c)));
+    }
+}
+
+// Rows [i0, i0 + n) of a gradient: `rows` times factor, or zeros where rows is null.
+inline void store_rows(const TensorView& t, int64_t b, int64_t h, int64_t i0, int64_t n, const float* rows, int64_t ld,
+                       float factor) {
+    for (int64_t r = 0; r < n; ++r) store_row(t, b, h, i0 + r, t.size[3], rows ? rows + r * ld : nullptr, factor);
+}
+
+inline void store_zeros(const TensorView& t) {
+    for (int64_t b = 0; t && b < t.size[0]; ++b) {
+        for (int64_t h = 0; h < t.size[1]; ++h) store_rows(t, b, h, 0, t.size[2], nullptr, 0, 1.0f);
+    }
 }
 
 }  // namespace FASTATTN_ISA

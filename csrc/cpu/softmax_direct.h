@@ -57,8 +57,8 @@ FASTATTN_INLINE Vec direct_dots(const float* q, const char* keys, int64_t step, 
     return sum_each(sums);
 }
 
-// scores [rows][kScoreRow] of one tile. Past Lk they are 0: masked like any hidden key. Meanwhile memory is asked for 64
-// keys at `ahead`, if any.
+// scores [rows][kScoreRow] of one tile. Past Lk they are 0: masked like any hidden key. Meanwhile memory is asked for
+// 64 keys at `ahead`, if any.
 template <class Math>
 inline void direct_scores(const Panel& x, const Source& keys, const char* ahead, int64_t tile, int64_t D, int64_t Lk,
                           float* scores) {
@@ -138,8 +138,10 @@ inline void direct_values(const Panel& x, const float* weights, const Source& va
         float* out = x.out + r * x.ldo;
         int64_t c = 0;
         with_loader(values.dtype, [&](auto load) {
-            for (; c + 8 * W <= cols; c += 8 * W) direct_block<Math, 8>(w, seen, out + c, rows, ahead, step, c, size, load);
-            for (; c + 4 * W <= cols; c += 4 * W) direct_block<Math, 4>(w, seen, out + c, rows, ahead, step, c, size, load);
+            for (; c + 8 * W <= cols; c += 8 * W)
+                direct_block<Math, 8>(w, seen, out + c, rows, ahead, step, c, size, load);
+            for (; c + 4 * W <= cols; c += 4 * W)
+                direct_block<Math, 4>(w, seen, out + c, rows, ahead, step, c, size, load);
             for (; c + W <= cols; c += W) direct_block<Math, 1>(w, seen, out + c, rows, ahead, step, c, size, load);
         });
         if (c == cols) continue;

@@ -31,8 +31,8 @@ class Split {
                        element_size(p.k.dtype) * Math::kPair == 4),
           direct_values_(rows_ <= kDirectValueRows && p.v.stride[3] == 1),
           unpacked_values_(Math::kPair == 1 && p.v.dtype == DType::kFloat32 && p.v.stride[3] == 1 && p.Dv() % W == 0),
-          grouped_(direct_keys_ && rows_ > kDirectValueRows && p.D() % Math::kPair == 0 &&
-                   p.v.stride[3] == 1 && p.Dv() % kPanel == 0) {}
+          grouped_(direct_keys_ && rows_ > kDirectValueRows && p.D() % Math::kPair == 0 && p.v.stride[3] == 1 &&
+                   p.Dv() % kPanel == 0) {}
 
     void run() {
         const int64_t heads = p_.B() * p_.Hk(), scratch = chunk_scratch();
@@ -60,7 +60,8 @@ class Split {
     int64_t chunk_scratch() const {
         const int64_t keys = direct_keys_ ? 0 : kSlots * layout_.k_tile;
         const int64_t values = direct_values_ ? 0 : kGroupKeys / Math::kPair * layout_.ldo;
-        return round_up(rows_ * (layout_.ldq + layout_.ldo) + kRows * kScoreRow + keys + values + 64 + 8 * layout_.d_units, 16);
+        return round_up(
+            rows_ * (layout_.ldq + layout_.ldo) + kRows * kScoreRow + keys + values + 64 + 8 * layout_.d_units, 16);
     }
 
     void place(Panel& x, int64_t b, int64_t hk, int64_t row) const {
@@ -90,7 +91,7 @@ class Split {
             x.ldq = layout_.ldq;
             x.out = out + row * layout_.ldo;
             x.ldo = layout_.ldo;
-            x.reset();
+            x.reset(chunk == 0 ? p_.sinks : nullptr);
         }
         for (int64_t g = 0; g < p_.group(); ++g) {
             float* rows = q + g * p_.Lq() * layout_.ldq;
@@ -192,8 +193,8 @@ class Split {
         return source_of(t, head / p_.Hk(), head % p_.Hk()).at(after % chunks_ * kChunkKeys);
     }
 
-    // A group of tiles, all keys seen, for the 3 to 8 rows of a panel. The values are asked for during the first product,
-    // the keys at `ahead` during the second.
+    // A group of tiles, all keys seen, for the 3 to 8 rows of a panel. The values are asked for during the first
+    // product, the keys at `ahead` during the second.
     void group(Panel& x, const Source& keys, const Source& values, const int64_t* tiles, int used, const char* ahead,
                const float* q_lanes, float* scores) const {
         const int64_t size = element_size(keys.dtype);

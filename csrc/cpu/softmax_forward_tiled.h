@@ -53,9 +53,8 @@ class Tiled {
             members = 0;
             run_team(p_.threads, [&] {
                 const int me = members.fetch_add(1);
-                // The last query block of every head first: under a causal band it is the longest.
                 for (int64_t task; (task = next.fetch_add(1)) < count * q_blocks_ * p_.group();) {
-                    const int64_t at = task % count, block = q_blocks_ * p_.group() - 1 - task / count;
+                    const int64_t at = task % count, block = heaviest(first + at, task / count);
                     attend(first + at, block, packed.as<float>() + at * size, blocks.as<float>() + me * scratch);
                 }
             });
@@ -72,6 +71,15 @@ class Tiled {
         pack_key_tile<Math>(p_, key_source(p_, sight_, p_.k, b, hk), tile, out + tile * layout_.k_tile);
         pack_value_tile<Math>(p_, key_source(p_, sight_, p_.v, b, hk), tile, out + layout_.k_size, layout_.v_steps,
                               tile * 64 / Math::kPair);
+    }
+
+    // The n-th block of a head in the order of their work. Without a plan the last one is first: under a causal band it
+    // is the longest.
+    int64_t heaviest(int64_t kv_head, int64_t n) const {
+        const int32_t* order = sight_.plan.row_order;
+        if (!order) return q_blocks_ * p_.group() - 1 - n;
+        const int64_t g = n % p_.group(), h = kv_head % p_.Hk() * p_.group() + g;
+        return order[sight_.plan.slice(kv_head / p_.Hk(), h) * q_blocks_ + n / p_.group()] * p_.group() + g;
     }
 
     // Query rows [i0, i0 + 64) of one head; block counts (query block, head of the group).
@@ -100,7 +108,7 @@ class Tiled {
             x.ldq = layout_.ldq;
             x.out = out + (i - i0) * layout_.ldo;
             x.ldo = layout_.ldo;
-            x.reset();
+            x.reset(p_.sinks);
         }
         const float* values = packed + layout_.k_size;
         int64_t tiles[kSlots], bits[kSlots];

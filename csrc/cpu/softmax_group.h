@@ -40,8 +40,8 @@ inline void pack_lanes(const float* q, int rows, int64_t ldq, int64_t units, flo
     }
 }
 
-// scores [rows][kScoreRow] of the 64 keys from `keys` on, `step` bytes apart: W keys at a time against 8 rows, which are
-// the lanes. No sum over lanes, no copy of the keys.
+// scores [rows][kScoreRow] of the 64 keys from `keys` on, `step` bytes apart: W keys at a time against 8 rows, which
+// are the lanes. No sum over lanes, no copy of the keys.
 template <class Math>
 inline void group_scores(const float* q_lanes, int rows, const char* keys, int64_t step, int64_t units, Ahead& ahead,
                          float* scores) {

@@ -6,6 +6,7 @@
 #include "fastattn/tile_plan.h"
 #include "pack.h"
 #include "philox.h"
+#include "softmax_logits.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -23,17 +24,19 @@ struct Terms {
     const SoftmaxParams& p;
     Dropout dropout;
     bool has_dropout;
+    bool logits;       // scores are turned into logits before the online softmax
     float sign;        // folded into q so that the largest score is the largest logit
-    float factor;      // logits in base 2 are score * factor, or, with bias, logit * factor
-    float scale;       // logit = score * scale (+ bias)
+    float factor;      // logits in base 2 are score * factor, or, with `logits`, logit * factor
+    float scale;       // without `logits`, logit = score * scale
     bool zero_logits;  // the scale is 0 or underflows: q is packed as zeros, and any factor will do
 
-    explicit Terms(const SoftmaxParams& params) : p(params), dropout(params), has_dropout(params.dropout_p > 0) {
+    explicit Terms(const SoftmaxParams& params)
+        : p(params), dropout(params), has_dropout(params.dropout_p > 0), logits(makes_logits(params)) {
         const float wanted = static_cast<float>(p.scale);
-        sign = wanted < 0 && !p.bias ? -1.0f : 1.0f;
+        sign = wanted < 0 && !logits ? -1.0f : 1.0f;
         scale = sign * wanted;
-        factor = p.bias ? kLog2e : scale * kLog2e;
-        zero_logits = !p.bias && !(factor > 0);
+        factor = logits ? kLog2e : scale * kLog2e;
+        zero_logits = !logits && !(factor > 0);
         if (zero_logits) factor = kLog2e;
     }
 };
@@ -60,10 +63,12 @@ struct Panel {
     PanelTile tiles[kSlots];
     int count = 0;
 
-    void reset() {
+    // A sink is a key of weight 1 that comes before all others.
+    void reset(const float* sinks) {
         for (int r = 0; r < kRows; ++r) {
-            top[r] = -kInfinity;
-            total[r] = 0.0f;
+            const bool sink = sinks && r < rows;
+            top[r] = sink ? sinks[head[r]] : -kInfinity;
+            total[r] = sink ? 1.0f : 0.0f;
         }
         memset(out, 0, sizeof(float) * static_cast<size_t>(rows * ldo));
     }
@@ -111,21 +116,13 @@ inline void score_tiles(const Panel& x, int64_t steps, float* scores, Keys&& key
     }
 }
 
-// Scores of one row to logits with bias: z = s * scale + bias.
-inline void add_bias(const Terms& terms, const Panel& x, int r, float* row) {
-    const TensorView& bias = terms.p.bias;
-    const char* source = bias.row(x.b, x.head[r], x.i[r]);
-    const int64_t stride = bias.last_stride(), Lk = terms.p.Lk();
-    const Vec scale = vset(terms.scale);
+// Scores of one row to logits.
+inline void make_logits(const Terms& terms, const Panel& x, int r, float* row) {
+    const RowLogits logits(terms.p, x.b, x.head[r], x.i[r]);
     for (int slot = 0; slot < x.count; ++slot) {
         const PanelTile& t = x.tiles[slot];
-        for (int c = t.c0; c < t.c1; c += W) {
-            const int64_t j = t.tile * 64 + c;
-            const int n = static_cast<int>(most<int64_t>(0, least<int64_t>(W, Lk - j)));
-            const Vec b =
-                stride == 0 ? vset(load_one(source, bias.dtype, 0)) : load_floats(source, bias.dtype, j, stride, n);
-            vstore(row + slot * 64 + c, vfma(vload(row + slot * 64 + c), scale, b));
-        }
+        float* s = row + slot * 64;
+        for (int c = t.c0; c < t.c1; c += W) vstore(s + c, logits(vload(s + c), t.tile * 64 + c).z);
     }
 }
 
@@ -194,7 +191,7 @@ inline void softmax_step(const Terms& terms, Panel& x, float* scores) {
     Vec lanes_by_row[kRows];
     for (int r = 0; r < kRows; ++r) {
         float* row = scores + r * kScoreRow;
-        if (r < x.rows && terms.p.bias) add_bias(terms, x, r, row);
+        if (r < x.rows && terms.logits) make_logits(terms, x, r, row);
         lanes_by_row[r] = r < x.rows ? mask_and_max(x, r, row) : minus_inf;
     }
     FASTATTN_UNROLL for (int g = 0; g < kRows; g += W) {
@@ -257,8 +254,8 @@ inline void finish_row(const Terms& terms, const Panel& x, int r, float top, flo
     }
     const int64_t at = (x.b * p.Hq() + x.head[r]) * p.Lq() + x.i[r];
     const float log_total = nothing ? -kInfinity : logf(total);
-    const float largest = nothing || terms.zero_logits ? 0.0f : p.bias ? top : top * terms.scale;
-    p.lse[at] = largest + log_total;
+    const float largest = nothing || terms.zero_logits ? 0.0f : terms.logits ? top : top * terms.scale;
+    if (p.lse) p.lse[at] = largest + log_total;
     if (!p.lse_parts) return;
     p.lse_parts[2 * at] = nothing ? 0.0f : terms.sign * top;
     p.lse_parts[2 * at + 1] = log_total;

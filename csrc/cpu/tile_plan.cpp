@@ -14,8 +14,8 @@ TilePlanView::TilePlanView(const TilePlan& plan)
       rows(plan.rows.data()),
       columns(plan.columns.data()),
       words(plan.words.data()),
-      row_order(plan.row_order.data()),
-      column_order(plan.column_order.data()),
+      row_order(plan.row_order.empty() ? nullptr : plan.row_order.data()),
+      column_order(plan.column_order.empty() ? nullptr : plan.column_order.data()),
       batches(plan.batches),
       heads(plan.heads),
       q_tiles(plan.q_tiles),
@@ -42,9 +42,29 @@ uint64_t mask_word(const TensorView& mask, int64_t b, int64_t h, int64_t i, int6
     return word;
 }
 
+const TileRun* find_run(const TilePlanView& plan, int64_t b, int64_t h, int64_t q_tile, int64_t tile) {
+    const int32_t* start = plan.row_start + plan.slice(b, h) * plan.q_tiles + q_tile;
+    int64_t low = start[0], high = start[1];
+    while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        const TileRun& run = plan.rows[middle];
+        if (run.first + run.count > tile) {
+            high = middle;
+        } else {
+            low = middle + 1;
+        }
+    }
+    return low < start[1] ? plan.rows + low : nullptr;
+}
+
 uint64_t visible_word(const SoftmaxParams& p, int64_t b, int64_t h, int64_t i, int64_t tile) {
     const uint64_t band = band_word(p.lo, p.hi, p.Lk(), i, tile);
-    return band && p.mask ? band & mask_word(p.mask, b, h, i, tile, p.Lk()) : band;
+    if (!band) return 0;
+    if (p.mask) return band & mask_word(p.mask, b, h, i, tile, p.Lk());
+    if (!p.plan) return band;
+    const TileRun* run = find_run(*p.plan, b, h, i / kTile, tile);
+    if (!run || run->first > tile) return 0;
+    return run->bits < 0 ? band : band & p.plan->words[run->bits * kTile + i % kTile];
 }
 
 TilePlan plan_from_mask(const TensorView& mask, int64_t Lq, int64_t Lk, int threads) {
@@ -71,8 +91,20 @@ static uint64_t finite_word(const TensorView& bias, int64_t b, int64_t h, int64_
     return word;
 }
 
+// Keys of `tile` that a run of query tiles sees through plan and band.
+static uint64_t seen_by(const SoftmaxParams& p, const TileRun& run, int64_t tile) {
+    const int64_t i0 = run.first * kTile, end = i0 + run.count * kTile, i1 = end < p.Lq() ? end : p.Lq();
+    // Bands of neighbouring rows overlap: together they are one band.
+    if (run.bits < 0) return p.lo > p.hi ? 0 : band_word(p.lo, p.hi + i1 - 1 - i0, p.Lk(), i0, tile);
+    uint64_t found = 0;
+    for (int64_t i = i0; i < i1; ++i) {
+        found |= band_word(p.lo, p.hi, p.Lk(), i, tile) & p.plan->words[run.bits * kTile + i - i0];
+    }
+    return found;
+}
+
 std::unique_ptr<uint64_t[]> seen_keys(const SoftmaxParams& p) {
-    if (!p.mask && !p.bias) return nullptr;
+    if (!p.mask && !p.bias && !p.plan) return nullptr;
     const int64_t words = tile_count(p.Lk()), group = p.group();
     std::unique_ptr<uint64_t[]> seen(new uint64_t[static_cast<size_t>(p.B() * p.Hk() * words)]());
     parallel_for(p.threads, p.B() * p.Hk() * words, [&](int64_t task) {
@@ -84,6 +116,16 @@ std::unique_ptr<uint64_t[]> seen_keys(const SoftmaxParams& p) {
         const int64_t keys = p.Lk() - j0 < kTile ? p.Lk() - j0 : kTile;
         const uint64_t all = keys == kTile ? ~uint64_t{0} : (uint64_t{1} << keys) - 1;
         uint64_t found = 0;
+        for (int64_t h = hk * group; p.plan && !p.bias && h < (hk + 1) * group; ++h) {
+            const int32_t* start = p.plan->column_start + p.plan->slice(b, h) * words + tile;
+            for (int64_t run = start[0]; run < start[1] && found != all; ++run) {
+                found |= seen_by(p, p.plan->columns[run], tile);
+            }
+        }
+        if (p.plan && !p.bias) {
+            seen[task] = found;
+            return;
+        }
         for (int64_t i = top; i >= bottom && found != all; --i) {
             for (int64_t h = hk * group; h < (hk + 1) * group && found != all; ++h) {
                 uint64_t word = visible_word(p, b, h, i, tile);
@@ -102,7 +144,9 @@ struct Sight::Owned {
 };
 
 Sight::Sight(const SoftmaxParams& p, int what) : words(tile_count(p.Lk())), owned_(new Owned) {
-    if (p.mask && (what & kRows)) {
+    if (p.plan) {
+        plan = *p.plan;
+    } else if (p.mask && (what & kRows)) {
         owned_->plan = plan_from_mask(p.mask, p.Lq(), p.Lk(), p.threads);
         plan = TilePlanView(owned_->plan);
     }

@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 
-from ..params import SoftmaxCall, SoftmaxParams, empty_like_layout
+from ..params import (
+    CAUSAL_BOTTOM_RIGHT,
+    CAUSAL_NONE,
+    CAUSAL_TOP_LEFT,
+    SoftmaxCall,
+    SoftmaxParams,
+    SoftmaxTensors,
+    empty_like_layout,
+)
 
 _C: ModuleType | None
 try:
@@ -30,56 +38,77 @@ def status() -> str | None:
 
 
 def why_not(call: SoftmaxCall) -> list[str]:
-    q, v = call.q, call.v
-    if (
-        _missing is None
-        and q.is_cpu
-        and q.dtype in DTYPES
-        and q.shape[3] <= MAX_HEAD_DIM
-        and v.shape[3] <= MAX_HEAD_DIM
-    ):
+    x = call.x
+    widest = max(x.q.shape[3], x.v.shape[3])
+    if _missing is None and x.q.is_cpu and x.q.dtype in DTYPES and widest <= MAX_HEAD_DIM:
         return []
     if _missing is not None:
         return [_missing]
     reasons = []
-    if q.device.type != "cpu":
-        reasons.append(f"it runs on CPU tensors, these are on {q.device.type}")
-    if q.dtype not in DTYPES:
-        reasons.append(f"dtype {q.dtype} is not float32, bfloat16 or float16")
-    if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
-        reasons.append(f"head dimension {max(q.shape[3], v.shape[3])} is over {MAX_HEAD_DIM}")
+    if x.q.device.type != "cpu":
+        reasons.append(f"it runs on CPU tensors, these are on {x.q.device}")
+    if x.q.dtype not in DTYPES:
+        reasons.append(f"dtype {x.q.dtype} is not float32, bfloat16 or float16")
+    if widest > MAX_HEAD_DIM:
+        reasons.append(f"head dimension {widest} is over {MAX_HEAD_DIM}")
     return reasons
 
 
 def describe(call: SoftmaxCall) -> str:
     assert _C is not None
-    q, k = call.q, call.k
+    q, k = call.x.q, call.x.k
     few_rows = _C.is_decode(q.shape[2], q.shape[1] // max(k.shape[1], 1), k.shape[2])
     return f"{_C.isa()} {'split-key decode' if few_rows else 'tiled'}, {torch.get_num_threads()} threads"
 
 
-def softmax_forward(q, k, v, mask, bias, rng, params: SoftmaxParams, with_parts: bool):
+def softmax_forward(x: SoftmaxTensors, params: SoftmaxParams, with_parts: bool):
     assert _C is not None
+    x = _dense(x)
+    q, k, v = x.q, x.k, x.v
     out = empty_like_layout(q, v.shape[3])
     lse = torch.empty(q.shape[:3], dtype=torch.float32)
     parts = torch.empty((*q.shape[:3], 2), dtype=torch.float32) if with_parts else None
     lo, hi = params.band(q.shape[2], k.shape[2])
     _C.softmax_forward(
-        q, k, v, mask, bias, rng, out, lse, parts, params.scale, lo, hi, params.dropout_p, torch.get_num_threads()
+        x, out, lse, parts, params.scale, lo, hi, params.softcap, params.dropout_p, torch.get_num_threads()
     )
     return out, lse, parts
 
 
-def softmax_backward(dout, dlse, q, k, v, mask, bias, rng, out, parts, params: SoftmaxParams, needs):
+CAUSAL_CODES = {CAUSAL_NONE: 0, CAUSAL_TOP_LEFT: 1, CAUSAL_BOTTOM_RIGHT: 2}
+
+
+def softmax_plain_forward(q, k, v, scale: float | None, causal: str, grouped: bool):
+    """out of a call without options, or None where anything about it is unusual: the general call then says what."""
+    if _C is None or not q.is_cpu or q.layout is not torch.strided or not q.is_contiguous():
+        return None
+    out = torch.empty_like(q)
+    threads = torch.get_num_threads()
+    return out if _C.softmax_plain_forward(q, k, v, out, scale, CAUSAL_CODES[causal], grouped, threads) else None
+
+
+def softmax_backward(dout, dlse, x: SoftmaxTensors, out, parts, params: SoftmaxParams, needs):
     assert _C is not None
+    x = _dense(x)
+    q, k, v, bias, slopes, _ = x.differentiable()
     dq, dk, dv = (empty_like_layout(t, t.shape[3]) if need else None for t, need in zip((q, k, v), needs))
-    dbias = bias.new_empty(bias.shape, dtype=torch.float32) if needs[3] else None
+    dbias, dslopes = (
+        t.new_empty(t.shape, dtype=torch.float32) if need else None for t, need in zip((bias, slopes), needs[3:])
+    )
     lo, hi = params.band(q.shape[2], k.shape[2])
     _C.softmax_backward(
-        dout, dlse, q, k, v, mask, bias, rng, out, parts, dq, dk, dv, dbias,
-        params.scale, lo, hi, params.dropout_p, torch.get_num_threads(),
+        dout, dlse, x, out, parts.contiguous(), dq, dk, dv, dbias, dslopes,
+        params.scale, lo, hi, params.softcap, params.dropout_p, torch.get_num_threads(),
     )  # fmt: skip
-    return dq, dk, dv, None if dbias is None else dbias.to(bias.dtype)
+    return dq, dk, dv, None if dbias is None else dbias.to(bias.dtype), dslopes
+
+
+def _dense(x: SoftmaxTensors) -> SoftmaxTensors:
+    """The small tensors lie densely: the library reads them so."""
+    if x.slopes is x.sinks is x.diagonal is None:
+        return x
+    slopes, sinks, diagonal = (t if t is None else t.contiguous() for t in (x.slopes, x.sinks, x.diagonal))
+    return x._replace(slopes=slopes, sinks=sinks, diagonal=diagonal)
 
 
 def plan_of_rows(stretches, batches: int, heads: int, Lq: int, Lk: int) -> tuple[torch.Tensor, ...]:

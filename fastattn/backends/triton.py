@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from ..params import SoftmaxCall, SoftmaxParams, empty_like_layout
+from ..params import SoftmaxCall, SoftmaxParams, SoftmaxTensors, empty_like_layout
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
@@ -36,8 +36,8 @@ def why_not(call: SoftmaxCall) -> list[str]:
     reason = status()
     if reason is not None:
         return [reason]
-    q, v = call.q, call.v
-    reasons = []
+    q, v = call.x.q, call.x.v
+    reasons: list[str] = []
     if _interpreted():
         if q.device.type != "cpu":
             reasons.append(f"TRITON_INTERPRET=1 runs it on CPU tensors, these are on {q.device}")
@@ -62,29 +62,32 @@ def why_not_by_default(call: SoftmaxCall) -> list[str]:
 
 def describe(call: SoftmaxCall) -> str:
     from ..kernels.common.launch import arch_of
-    from ..kernels.softmax.config import pick_forward
+    from ..kernels.softmax.config import has_extras, pick_forward
 
-    q = call.q
-    extra = call.mask is not None or call.bias is not None or call.params.dropout_p > 0
-    tile = pick_forward(q.shape[3], call.v.shape[3], q.dtype, arch_of(q), q.shape[2], extra)
+    x, params, _ = call
+    q, extra = x.q, has_extras(x, params) or params.dropout_p > 0  # `explain` draws no rng
+    tile = pick_forward(q.shape[3], x.v.shape[3], q.dtype, arch_of(q), q.shape[2], extra, x.plan is not None)
     where = "interpreter" if _interpreted() else f"sm_{arch_of(q)} table"
     return f"{where}, {tile.BM}x{tile.BN} tiles, {tile.num_warps} warps, {tile.num_stages} stages"
 
 
-def softmax_forward(q, k, v, mask, bias, rng, params: SoftmaxParams, with_parts: bool):
+def softmax_forward(x: SoftmaxTensors, params: SoftmaxParams, with_parts: bool):
     from ..kernels.softmax.forward import forward
 
-    out = empty_like_layout(q, v.shape[3])
+    q = x.q
+    out = empty_like_layout(q, x.v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     parts = q.new_empty((*q.shape[:3], 2), dtype=torch.float32) if with_parts else None
-    forward(q, k, v, mask, bias, rng, out, lse, parts, params)
+    forward(x, out, lse, parts, params)
     return out, lse, parts
 
 
-def softmax_backward(dout, dlse, q, k, v, mask, bias, rng, out, parts, params: SoftmaxParams, needs):
+def softmax_backward(dout, dlse, x: SoftmaxTensors, out, parts, params: SoftmaxParams, needs):
     from ..kernels.softmax.backward import backward
 
-    gradients = [empty_like_layout(x, x.shape[3]) if need else None for x, need in zip((q, k, v), needs)]
-    gradients.append(bias.new_empty(bias.shape) if needs[3] else None)
-    backward(dout, dlse, q, k, v, mask, bias, rng, out, parts, params, *gradients)
+    gradients = [empty_like_layout(t, t.shape[3]) if need else None for t, need in zip(x.differentiable()[:3], needs)]
+    gradients += [
+        t.new_empty(t.shape) if t is not None and need else None for t, need in zip((x.bias, x.slopes), needs[3:])
+    ]
+    backward(dout, dlse, x, out, parts, params, *gradients)
     return tuple(gradients)

@@ -96,8 +96,9 @@ class Mask:
         plan = plans.get(key)
         if plan is None:
             self._refuse(Lq, Lk)
-            plan = plans.get((Lq, Lk, "cpu")) or build_plan(self._stretches(Lq, Lk), *self.shape, Lq, Lk)
-            plan = plan.to(device)
+            with data.plainly():
+                plan = plans.get((Lq, Lk, "cpu")) or build_plan(self._stretches(Lq, Lk), *self.shape, Lq, Lk)
+                plan = plan.to(device)
             for oldest in list(plans)[: 1 + len(plans) - _PLANS]:
                 plans.pop(oldest, None)
             plans[key] = plan

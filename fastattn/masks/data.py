@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 Ints = Any  # a field given as an int tensor or a nested list of ints, a tensor from the constructor on
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """Tensors made inside are ordinary ones: masks and plans outlive inference mode, transforms and dispatch modes."""
+    with torch.inference_mode(False), torch._C._DisableFuncTorch(), _disable_current_modes():
+        yield
 
 
 def owned(name: str, value: Any, dims: Sequence[int]) -> Tensor:

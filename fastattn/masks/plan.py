@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import NamedTuple, Optional, Union
 
@@ -44,34 +44,58 @@ class TilePlan(NamedTuple):
     def nbytes(self) -> int:
         return sum(field.nbytes for field in self if isinstance(field, Tensor))
 
-    def tiles(self) -> Tensor:
-        """int32 [batches, heads, q_tiles, k_tiles]: -2 empty, -1 full, else the index of the tile's words."""
-        q_tiles, k_tiles = self.row_order.shape[1], self.column_order.shape[1]
-        first, count, bits = self.rows.long().unbind(1)
-        entries = self.row_start.long().diff()
-        list_of_entry = torch.repeat_interleave(torch.arange(len(entries), device=entries.device), entries)
-        entry = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
-        within = torch.arange(len(entry), device=entry.device) - (count.cumsum(0) - count)[entry]
-        tiles = torch.full((self.batches * self.heads * q_tiles, k_tiles), -2, device=entry.device, dtype=torch.int32)
-        tiles[list_of_entry[entry], first[entry] + within] = bits[entry].to(torch.int32)
-        return tiles.view(self.batches, self.heads, q_tiles, k_tiles)
+    def tensors(self) -> list[Tensor]:
+        """The seven tensors, the orders as [batches, heads, tiles]: `of` makes the same plan of them."""
+        row_start, rows, column_start, columns, words, *orders = self[:7]
+        row_order, column_order = (x.view(self.batches, self.heads, x.shape[1]) for x in orders)
+        return [row_start, rows, column_start, columns, words, row_order, column_order]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], Lq: int, Lk: int) -> TilePlan:
+        row_start, rows, column_start, columns, words, row_order, column_order = tensors
+        batches, heads = row_order.shape[:2]
+        orders = row_order.flatten(0, 1), column_order.flatten(0, 1)
+        return cls(row_start, rows, column_start, columns, words, *orders, batches, heads, Lq, Lk, TILE)
+
+    def tiles(self, t0: int = 0, t1: Optional[int] = None) -> Tensor:
+        """int32 [batches, heads, t1 - t0, k_tiles] of query tiles t0 to t1: -2 empty, -1 full, else the index of the words."""
+        slices, q_tiles = self.row_order.shape
+        k_tiles = self.column_order.shape[1]
+        t1 = q_tiles if t1 is None else t1
+        starts, ends = (
+            x.long().view(slices, q_tiles)[:, t0:t1].flatten() for x in (self.row_start[:-1], self.row_start[1:])
+        )
+        list_of_entry, at = _spread(ends - starts)
+        first, count, bits = self.rows[starts[list_of_entry] + at].long().unbind(1)
+        entry, at = _spread(count)
+        tiles = torch.full((len(starts), k_tiles), -2, device=entry.device, dtype=torch.int32)
+        tiles[list_of_entry[entry], first[entry] + at] = bits[entry].to(torch.int32)
+        return tiles.view(self.batches, self.heads, t1 - t0, k_tiles)
+
+    def bits_of(self, tiles: Tensor) -> Tensor:
+        """bool [batches, heads, 64 * query tiles, 64 * key tiles] of some of `tiles`."""
+        B, H, q_tiles, k_tiles = tiles.shape
+        ones = torch.full((1, TILE), -1, dtype=torch.int64, device=tiles.device)
+        # Indices -2 and -1, empty and full, count from the end.
+        table = torch.cat((self.words, torch.zeros_like(ones), ones))
+        bits = unpack(table[tiles.long()][..., None], TILE)  # [B, H, q_tiles, k_tiles, 64, 64]
+        return bits.transpose(3, 4).reshape(B, H, q_tiles * TILE, k_tiles * TILE)
 
     def to_dense(self) -> Tensor:
         """bool [batches, heads, Lq, Lk], from the plan's tensors alone."""
-        kinds = self.tiles()
-        B, H, q_tiles, k_tiles = kinds.shape
-        ones = torch.full((1, TILE), -1, dtype=torch.int64, device=kinds.device)
-        # Indices -2 and -1, empty and full, count from the end.
-        table = torch.cat((self.words, torch.zeros_like(ones), ones))
-        tiles = unpack(table[kinds.long()][..., None], TILE)  # [B, H, q_tiles, k_tiles, 64, 64]
-        dense = tiles.transpose(3, 4).reshape(B, H, q_tiles * TILE, k_tiles * TILE)
-        return dense[:, :, : self.Lq, : self.Lk].contiguous()
+        return self.bits_of(self.tiles())[:, :, : self.Lq, : self.Lk].contiguous()
 
     def __repr__(self) -> str:
         return (
             f"TilePlan({self.batches} x {self.heads}, Lq {self.Lq}, Lk {self.Lk}: {len(self.rows)} runs, "
             f"{len(self.words)} bit tiles, {self.nbytes} bytes on {self.rows.device})"
         )
+
+
+def _spread(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """For counts[i] items each: (i of every item, its number within i)."""
+    owner = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    return owner, torch.arange(len(owner), device=counts.device) - (counts.cumsum(0) - counts)[owner]
 
 
 def build_plan(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Case:
-    """One attention problem. `mask` and `bias` are shapes in letters: "bhqk", "1h1k", "qk", "k", ...; "1" broadcasts."""
+    """One attention problem. `mask`, `bias` and `alibi` are shapes in letters: "bhqk", "1h1k", "k", "h", ...; "1" broadcasts."""
 
     B: int = 2
     Hq: int = 4
@@ -29,6 +29,9 @@ class Case:
     dropout_p: float = 0.0
     layout: str = "contiguous"
     fp32_bias: bool = False
+    softcap: float | None = None
+    alibi: str | None = None
+    sinks: bool = False
 
     @property
     def head_dim_v(self) -> int:
@@ -40,6 +43,7 @@ class Case:
     def options(self) -> dict[str, Any]:
         """Keyword arguments of fastattn.attention that are not tensors and not at their defaults."""
         values = {"causal": self.causal, "window": self.window, "scale": self.scale, "dropout_p": self.dropout_p}
+        values["softcap"] = self.softcap
         return {name: value for name, value in values.items() if value not in (None, False, 0.0) or name == "scale"}
 
     def __str__(self) -> str:
@@ -60,6 +64,8 @@ class Inputs(NamedTuple):
     bias: Tensor | None
     dout: Tensor
     dlse: Tensor
+    slopes: Tensor | None = None
+    sinks: Tensor | None = None
 
 
 def _permuted(order: tuple[int, int, int, int]) -> Callable[[Tensor], Tensor]:
@@ -132,14 +138,15 @@ def make(case: Case, dtype: torch.dtype, seed: int = 0, device: str | torch.devi
         bias=None if case.bias is None else randn(case.sizes(case.bias), bias_dtype, seed + 5, device),
         dout=relayout(randn((B, Hq, Lq, Dv), dtype, seed + 6, device), "blhd"),
         dlse=randn((B, Hq, Lq), lse_dtype, seed + 7, device),
+        slopes=None if case.alibi is None else randn(case.sizes(case.alibi), lse_dtype, seed + 8, device) / 10,
+        sinks=randn((Hq,), lse_dtype, seed + 9, device) if case.sinks else None,
     )
 
 
 def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     """The same numbers in another precision (lossless upwards); the golden run uses fp64."""
-    q, k, v, mask, bias, dout, dlse = inputs
-    wide_bias = None if bias is None else bias.to(dtype)
-    return Inputs(q.to(dtype), k.to(dtype), v.to(dtype), mask, wide_bias, dout.to(dtype), dlse.to(dtype))
+    tensors: list[Any] = [x if x is None or x.dtype == torch.bool else x.to(dtype) for x in inputs]
+    return Inputs(*tensors)
 
 
 def variants(case: Case, **axes: tuple) -> list[Case]:

@@ -23,20 +23,20 @@ def head_of(x, b, h, strides):
 
 
 @triton.jit
-def span(first, last, lo, hi, L, BLOCK: tl.constexpr):
-    """Tiles of x in [0, L) with lo <= x - y <= hi for some y in first..last: (start, full_start, full_end, n_partial, n_full).
+def span(first, last, lo, hi, begin, full_begin, end, BLOCK: tl.constexpr):
+    """Tiles of x in [begin, end) with lo <= x - y <= hi for some y in first..last.
 
-    Tiles in [full_start, full_end) lie inside the band for every y and end before L; the others need care.
+    (start, full_start, full_end, n_partial, n_full): tiles in [full_start, full_end) lie inside the band for every y,
+    start at full_begin or later and end before `end`; the others need care. begin and full_begin are multiples of BLOCK.
     """
-    start = 0
-    full_start = 0
-    full_end = L // BLOCK * BLOCK
-    end = L
+    start = begin
+    full_start = full_begin
+    full_end = end // BLOCK * BLOCK
     if lo is not None:
-        start = max(first + lo, 0) // BLOCK * BLOCK
-        full_start = (max(last + lo, 0) + BLOCK - 1) // BLOCK * BLOCK
+        start = max(start, max(first + lo, 0) // BLOCK * BLOCK)
+        full_start = max(full_start, (max(last + lo, 0) + BLOCK - 1) // BLOCK * BLOCK)
     if hi is not None:
-        end = min(L, max(last + hi + 1, 0))
+        end = min(end, max(last + hi + 1, 0))
         full_end = min(full_end, max(first + hi + 1, 0) // BLOCK * BLOCK)
     full_start = min(full_start, (end + BLOCK - 1) // BLOCK * BLOCK)
     full_end = max(full_end, full_start)

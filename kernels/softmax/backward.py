@@ -6,27 +6,37 @@ import triton.language as tl
 
 from ..common.dropout import keep_tile
 from ..common.launch import INTERPRETED, arch_of, launch
-from ..common.scores import drop_unseen, finish_scores
+from ..common.plans import bits_at, planned_block, run_at, runs_of
+from ..common.scores import alibi_distance, capped, drop_unseen, finish_logits
 from ..common.tiles import head_of, keys_in_reach, load_rows, span, store_rows, tile_start, work_item
 from . import config
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # group is specialised: 1 (no GQA) makes the loop over its heads vanish.
-UNSPECIALIZED = ["Hq", "Lq", "Lk", "lo", "hi", "threshold", "n_tiles", "n_heads", "section"]
+UNSPECIALIZED = config.UNSPECIALIZED
 
 
 @triton.jit
-def weights(s, top, tail, scale, bias):
-    """P of scores or, with bias, logits s. None passes the largest, but by rounding of huge ones. NaN stays NaN."""
-    below = (s - top) * (LOG2E if bias is not None else scale * LOG2E)
+def weights(s, top, tail, scale, LOGITS: tl.constexpr):
+    """P of scores or LOGITS s. None passes the largest, but by rounding of huge ones. NaN stays NaN."""
+    below = (s - top) * (LOG2E if LOGITS else scale * LOG2E)
     return tl.exp2(tl.minimum(below, 0.0, propagate_nan=tl.PropagateNan.ALL) - tail)
 
 
 @triton.jit
-def score_gradient(p, dp, delta, visible, HIDES: tl.constexpr):
-    """d loss / d score; a hidden key's dp may be NaN."""
-    ds = p * (dp - delta)
-    return tl.where(visible, ds, 0.0) if HIDES else ds
+def logit_gradient(p, dp, delta, visible, HIDES: tl.constexpr):
+    """d loss / d logit; a hidden key's dp may be NaN."""
+    dz = p * (dp - delta)
+    return tl.where(visible, dz, 0.0) if HIDES else dz
+
+
+@triton.jit
+def score_gradient(dz, damp, softcap, visible, HIDES: tl.constexpr):
+    """d loss / d (scale * score); a hidden key's damp may be NaN."""
+    ds = dz
+    if softcap is not None:
+        ds = tl.where(visible, dz * damp, 0.0) if HIDES else dz * damp
+    return ds
 
 
 @triton.jit(do_not_specialize=["Hq", "Lq"])
@@ -62,66 +72,74 @@ def load_stats(stats, padded, head, i_first, BM: tl.constexpr):
 
 
 @triton.jit
-def _add_queries(b_dk, b_dv, b_column, b_k, b_v, q, dout, stats, padded, mask, bias, rng,
-                 q_strides, dout_strides, mask_strides, bias_strides, head, j_first,
-                 Lq, Lk, lo, hi, scale, threshold, keep_scale,
+def _add_queries(b_dk, b_dv, b_column, b_k, b_v, q, dout, stats, padded, terms, rng, walk, i_slice,
+                 q_strides, dout_strides, head, j_first, Hq, Lq, Lk, lo, hi, scale, threshold, keep_scale,
                  D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-                 BDV: tl.constexpr, MASK_ROWS: tl.constexpr, BIAS_ROWS: tl.constexpr, PRECISION: tl.constexpr,
-                 WIDE: tl.constexpr, UPCAST: tl.constexpr, COLUMN: tl.constexpr, PARTIAL: tl.constexpr):  # fmt: skip
-    """Add what all query tiles of one kind and head give to dK [BN, BD], dV [BN, BDV] and column sums of dS [BN]."""
-    HIDES: tl.constexpr = (mask is not None or bias is not None) or (PARTIAL and (lo is not None or hi is not None))
+                 BDV: tl.constexpr, LOGITS: tl.constexpr, MASK_ROWS: tl.constexpr, BIAS_ROWS: tl.constexpr,
+                 PRECISION: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr, COLUMN: tl.constexpr,
+                 PARTIAL: tl.constexpr):  # fmt: skip
+    """Add what all query tiles of one kind and head give to dK [BN, BD], dV [BN, BDV] and column sums of dZ [BN]."""
+    CUT: tl.constexpr = PARTIAL and (walk is not None or (lo is not None or hi is not None))
+    HIDES: tl.constexpr = (terms.mask is not None or terms.bias is not None) or CUT
     # lo <= j - i <= hi read from the keys: -hi <= i - j <= -lo.
     below = None if hi is None else -hi
     above = None if lo is None else -lo
-    start, full_start, full_end, n_partial, n_full = span(j_first, min(j_first + BN, Lk) - 1, below, above, Lq, BM)
-    for n in range(0, n_partial if PARTIAL else n_full):
-        i_first = tile_start(n, start, full_start, full_end, BM, PARTIAL)
-        wanted = None
-        if PARTIAL:
-            wanted = tl.arange(0, BM) < Lq - i_first
-        b_q = load_rows(q, i_first, wanted, q_strides, D, BD, BM, WIDE, UPCAST)  # [BM, BD]
-        # Transposed, so that P and dS come out as the left operands of the products below.
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
-        if bias is not None:
-            b_s = b_s * scale
-        b_s, visible = finish_scores(
-            b_s, i_first + tl.arange(0, BM)[None, :], j_first + tl.arange(0, BN)[:, None], mask, bias,
-            mask_strides, bias_strides, Lq, Lk, lo, hi, MASK_ROWS, BIAS_ROWS, PARTIAL, False,
-        )  # fmt: skip
-        b_top, b_tail, b_delta = load_stats(stats, padded, head, i_first, BM)
-        b_p = weights(b_s, b_top[None, :], b_tail[None, :], scale, bias)
-        if HIDES:
-            # Also where tail is -inf: such a query sees nothing.
-            b_p = tl.where(visible, b_p, 0.0)
+    j_last = min(j_first + BN, Lk) - 1
+    first_run, end_run = runs_of(walk, i_slice, j_first, Lk)
+    for run in range(first_run, end_run):
+        begin, full_begin, end, bits = run_at(walk, run, Lq)
+        start, full_start, full_end, n_partial, n_full = span(j_first, j_last, below, above, begin, full_begin, end, BM)
+        for n in range(0, n_partial if PARTIAL else n_full):
+            i_first = tile_start(n, start, full_start, full_end, BM, PARTIAL)
+            wanted = None
+            if PARTIAL:
+                wanted = tl.arange(0, BM) < Lq - i_first
+            b_q = load_rows(q, i_first, wanted, q_strides, D, BD, BM, WIDE, UPCAST)  # [BM, BD]
+            # Transposed, so that P and dS come out as the left operands of the products below.
+            b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
+            b_z, b_damp = capped(b_s, scale, terms.softcap, LOGITS)
+            b_z, visible = finish_logits(
+                b_z, i_first + tl.arange(0, BM)[None, :], j_first + tl.arange(0, BN)[:, None], terms, bits, head, Hq,
+                Lq, Lk, lo, hi, MASK_ROWS, BIAS_ROWS, PARTIAL, False,
+            )  # fmt: skip
+            b_top, b_tail, b_delta = load_stats(stats, padded, head, i_first, BM)
+            b_p = weights(b_z, b_top[None, :], b_tail[None, :], scale, LOGITS)
+            if HIDES:
+                # Also where tail is -inf: such a query sees nothing.
+                b_p = tl.where(visible, b_p, 0.0)
 
-        b_dout = load_rows(dout, i_first, wanted, dout_strides, DV, BDV, BM, WIDE, UPCAST)  # [BM, BDV]
-        b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision=PRECISION)  # [BN, BM]
-        b_kept = b_p
-        if rng is not None:
-            keep = tl.trans(keep_tile(rng, threshold, head, i_first, j_first, BM, BN))
-            b_kept = tl.where(keep, b_p * keep_scale, 0.0)
-            b_dp = tl.where(keep, b_dp * keep_scale, 0.0)
-        b_dv = tl.dot(b_kept.to(b_dout.dtype), b_dout, b_dv, input_precision=PRECISION)
-        b_ds = score_gradient(b_p, b_dp, b_delta[None, :], visible, HIDES)
-        if COLUMN:
-            b_column += tl.sum(b_ds, 1)
-        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+            b_dout = load_rows(dout, i_first, wanted, dout_strides, DV, BDV, BM, WIDE, UPCAST)  # [BM, BDV]
+            b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision=PRECISION)  # [BN, BM]
+            b_kept = b_p
+            if rng is not None:
+                keep = tl.trans(keep_tile(rng, threshold, head, i_first, j_first, BM, BN))
+                b_kept = tl.where(keep, b_p * keep_scale, 0.0)
+                b_dp = tl.where(keep, b_dp * keep_scale, 0.0)
+            b_dv = tl.dot(b_kept.to(b_dout.dtype), b_dout, b_dv, input_precision=PRECISION)
+            b_dz = logit_gradient(b_p, b_dp, b_delta[None, :], visible, HIDES)
+            if COLUMN:
+                b_column += tl.sum(b_dz, 1)
+            b_ds = score_gradient(b_dz, b_damp, terms.softcap, visible, HIDES)
+            b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
     return b_dk, b_dv, b_column
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def keys_kernel(q, k, v, dout, stats, mask, bias, rng, dk, dv, column,
-                q_strides, k_strides, v_strides, dout_strides, mask_strides, bias_strides, dk_strides, dv_strides,
+def keys_kernel(q, k, v, dout, stats, terms, rng, slice_b, slice_h, walk, dk, dv, column,
+                q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides,
                 padded, Hq, group, Lq, Lk, lo, hi, scale, threshold, keep_scale, n_tiles, n_heads, section,
                 D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-                BDV: tl.constexpr, MASK_ROWS: tl.constexpr, BIAS_ROWS: tl.constexpr, PRECISION: tl.constexpr,
-                WIDE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """dK and dV of BN keys of one kv head, summed over its group of query heads; column [B, Hq, Lk] takes sum_i dS_ij."""
-    j_tile, head_kv = work_item(tl.program_id(0), n_tiles, n_heads, section, hi is None and lo is not None)
-    j_first = j_tile * BN
-    j = j_first + tl.arange(0, BN)
+                BDV: tl.constexpr, LOGITS: tl.constexpr, MASK_ROWS: tl.constexpr, BIAS_ROWS: tl.constexpr,
+                PRECISION: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """dK and dV of BN keys of one kv head, summed over its group of query heads; column [B, Hq, Lk] takes sum_i dZ_ij."""
+    HEAVY_LAST: tl.constexpr = walk is None and (hi is None and lo is not None)
+    j_tile, head_kv = work_item(tl.program_id(0), n_tiles, n_heads, section, HEAVY_LAST)
     Hk = Hq // group
     b, h_kv = head_kv // Hk, head_kv % Hk
+    j_first = j_tile * BN
+    if walk is not None:
+        j_first = planned_block(j_tile, walk, b * slice_b + h_kv * group * slice_h, Lk, BN)
+    j = j_first + tl.arange(0, BN)
     # Queries beyond Lq, all zero, would see keys that no other query sees and that may hold NaN.
     reach = keys_in_reach(j, 0, Lq - 1, Lk, lo, hi)
     b_k = load_rows(head_of(k, b, h_kv, k_strides), j_first, reach, k_strides, D, BD, BN, WIDE, UPCAST)
@@ -135,10 +153,9 @@ def keys_kernel(q, k, v, dout, stats, mask, bias, rng, dk, dv, column,
         for partial in tl.static_range(2):
             b_dk, b_dv, b_column = _add_queries(
                 b_dk, b_dv, b_column, b_k, b_v, head_of(q, b, h, q_strides), head_of(dout, b, h, dout_strides),
-                stats, padded, None if mask is None else head_of(mask, b, h, mask_strides),
-                None if bias is None else head_of(bias, b, h, bias_strides), rng, q_strides, dout_strides, mask_strides, bias_strides,
-                head, j_first, Lq, Lk, lo, hi, scale, threshold, keep_scale,
-                D, DV, BM, BN, BD, BDV, MASK_ROWS, BIAS_ROWS, PRECISION, WIDE, UPCAST, column is not None, partial,
+                stats, padded, terms, rng, walk, b * slice_b + h * slice_h, q_strides, dout_strides,
+                head, j_first, Hq, Lq, Lk, lo, hi, scale, threshold, keep_scale,
+                D, DV, BM, BN, BD, BDV, LOGITS, MASK_ROWS, BIAS_ROWS, PRECISION, WIDE, UPCAST, column is not None, partial,
             )  # fmt: skip
         if column is not None:
             tl.store(column + tl.cast(head, tl.int64) * Lk + j, b_column, mask=j < Lk)
@@ -147,55 +164,57 @@ def keys_kernel(q, k, v, dout, stats, mask, bias, rng, dk, dv, column,
 
 
 @triton.jit
-def _gradient_tile(b_q, b_dout, b_top, b_tail, b_delta, k, v, mask, bias, rng,
-                   k_strides, v_strides, mask_strides, bias_strides, head, i_first, j_first, i_last,
-                   Lq, Lk, lo, hi, scale, threshold, keep_scale,
+def _gradient_tile(b_q, b_dout, b_top, b_tail, b_delta, k, v, terms, rng, k_strides, v_strides,
+                   bits, head, i_first, j_first, i_last, Hq, Lq, Lk, lo, hi, scale, threshold, keep_scale,
                    D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-                   BDV: tl.constexpr, MASK_ROWS: tl.constexpr, BIAS_ROWS: tl.constexpr, PRECISION: tl.constexpr,
-                   WIDE: tl.constexpr, UPCAST: tl.constexpr, PARTIAL: tl.constexpr):  # fmt: skip
-    """dS [BM, BN] of one tile, and its keys [BN, BD] with unseen ones zeroed."""
-    HIDES: tl.constexpr = (mask is not None or bias is not None) or (PARTIAL and (lo is not None or hi is not None))
+                   BDV: tl.constexpr, LOGITS: tl.constexpr, MASK_ROWS: tl.constexpr, BIAS_ROWS: tl.constexpr,
+                   PRECISION: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
+                   PARTIAL: tl.constexpr, TAIL: tl.constexpr):  # fmt: skip
+    """dZ [BM, BN] and dS of one tile, and its keys [BN, BD] with unseen ones zeroed; TAIL: also dZ past Lk is zero."""
+    CUT: tl.constexpr = PARTIAL and (terms.words is not None or (lo is not None or hi is not None))
+    HIDES: tl.constexpr = (terms.mask is not None or terms.bias is not None) or (CUT or TAIL)
     j = j_first + tl.arange(0, BN)
     reach = None
     if PARTIAL:
         reach = keys_in_reach(j, i_first, i_last, Lk, lo, hi)
     b_k = load_rows(k, j_first, reach, k_strides, D, BD, BN, WIDE, UPCAST)  # [BN, BD]
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
-    if bias is not None:
-        b_s = b_s * scale
-    b_s, visible = finish_scores(
-        b_s, i_first + tl.arange(0, BM)[:, None], j[None, :], mask, bias,
-        mask_strides, bias_strides, Lq, Lk, lo, hi, MASK_ROWS, BIAS_ROWS, PARTIAL, False,
+    b_z, b_damp = capped(b_s, scale, terms.softcap, LOGITS)
+    b_z, visible = finish_logits(
+        b_z, i_first + tl.arange(0, BM)[:, None], j[None, :], terms, bits, head, Hq,
+        Lq, Lk, lo, hi, MASK_ROWS, BIAS_ROWS, PARTIAL, TAIL,
     )  # fmt: skip
-    b_p = weights(b_s, b_top[:, None], b_tail[:, None], scale, bias)
+    b_p = weights(b_z, b_top[:, None], b_tail[:, None], scale, LOGITS)
     b_v = load_rows(v, j_first, reach, v_strides, DV, BDV, BN, WIDE, UPCAST)  # [BN, BDV]
     b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)  # [BM, BN]
     if rng is not None:
         keep = keep_tile(rng, threshold, head, i_first, j_first, BM, BN)
         b_dp = tl.where(keep, b_dp * keep_scale, 0.0)
-    b_ds = score_gradient(b_p, b_dp, b_delta[:, None], visible, HIDES)
-    if mask is not None or bias is not None:
+    b_dz = logit_gradient(b_p, b_dp, b_delta[:, None], visible, HIDES)
+    if (terms.mask is not None or terms.bias is not None) or (PARTIAL and terms.words is not None):
         b_k = drop_unseen(b_k, visible)
-    return b_ds, b_k
+    return b_dz, score_gradient(b_dz, b_damp, terms.softcap, visible, HIDES), b_k
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def queries_kernel(q, k, v, dout, stats, mask, bias, rng, dq, dbias,
-                   q_strides, k_strides, v_strides, dout_strides, mask_strides, bias_strides, dq_strides, dbias_strides,
+def queries_kernel(q, k, v, dout, stats, terms, rng, slice_b, slice_h, walk, dq, dbias, slope_rows,
+                   q_strides, k_strides, v_strides, dout_strides, dq_strides, dbias_strides,
                    padded, Hq, group, Lq, Lk, lo, hi, scale, threshold, keep_scale, n_tiles, n_heads, section,
                    D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-                   BDV: tl.constexpr, MASK_ROWS: tl.constexpr, BIAS_ROWS: tl.constexpr, PRECISION: tl.constexpr,
-                   WIDE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """dQ of BM queries of one head; dS itself goes to dbias [B, Hq, Lq, Lk] where that is not None."""
-    i_tile, head = work_item(tl.program_id(0), n_tiles, n_heads, section, hi is not None and lo is None)
+                   BDV: tl.constexpr, LOGITS: tl.constexpr, MASK_ROWS: tl.constexpr, BIAS_ROWS: tl.constexpr,
+                   PRECISION: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """dQ of BM queries of one head. Where not None, dbias [B, Hq, Lq, Lk] takes dZ, slope_rows [B, Hq, Lq] sum_j dZ |..|."""
+    HEAVY_LAST: tl.constexpr = walk is None and (hi is not None and lo is None)
+    i_tile, head = work_item(tl.program_id(0), n_tiles, n_heads, section, HEAVY_LAST)
+    b, h = head // Hq, head % Hq
     i_first = i_tile * BM
+    i_slice = b * slice_b + h * slice_h
+    if walk is not None:
+        i_first = planned_block(i_tile, walk, i_slice, Lq, BM)
     i_last = min(i_first + BM, Lq) - 1
     row = i_first + tl.arange(0, BM)
-    b, h = head // Hq, head % Hq
     k = head_of(k, b, h // group, k_strides)
     v = head_of(v, b, h // group, v_strides)
-    mask = None if mask is None else head_of(mask, b, h, mask_strides)
-    bias = None if bias is None else head_of(bias, b, h, bias_strides)
     if dbias is not None:
         p_dbias = head_of(dbias, b, h, dbias_strides) + row.to(tl.int64)[:, None] * dbias_strides[2]
     b_q = load_rows(head_of(q, b, h, q_strides), i_first, row < Lq, q_strides, D, BD, BM, WIDE, UPCAST)
@@ -203,31 +222,40 @@ def queries_kernel(q, k, v, dout, stats, mask, bias, rng, dq, dbias,
     b_top, b_tail, b_delta = load_stats(stats, padded, head, i_first, BM)
 
     b_dq = tl.zeros([BM, BD], tl.float32)
-    start, full_start, full_end, n_partial, n_full = span(i_first, i_last, lo, hi, Lk, BN)
+    b_slope = tl.zeros([BM], tl.float32)
+    first_run, end_run = runs_of(walk, i_slice, i_first, Lq)
     for partial in tl.static_range(2):
-        for n in range(0, n_partial if partial else n_full):
-            j_first = tile_start(n, start, full_start, full_end, BN, partial)
-            b_ds, b_k = _gradient_tile(
-                b_q, b_dout, b_top, b_tail, b_delta, k, v, mask, bias, rng, k_strides, v_strides, mask_strides,
-                bias_strides, head, i_first, j_first, i_last, Lq, Lk, lo, hi, scale, threshold, keep_scale,
-                D, DV, BM, BN, BD, BDV, MASK_ROWS, BIAS_ROWS, PRECISION, WIDE, UPCAST, partial,
-            )  # fmt: skip
-            b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
-            if dbias is not None:
+        for run in range(first_run, end_run):
+            begin, full_begin, end, bits = run_at(walk, run, Lk)
+            start, full_start, full_end, n_partial, n_full = span(i_first, i_last, lo, hi, begin, full_begin, end, BN)
+            for n in range(0, n_partial if partial else n_full):
+                j_first = tile_start(n, start, full_start, full_end, BN, partial)
+                b_dz, b_ds, b_k = _gradient_tile(
+                    b_q, b_dout, b_top, b_tail, b_delta, k, v, terms, rng, k_strides, v_strides,
+                    bits, head, i_first, j_first, i_last, Hq, Lq, Lk, lo, hi, scale, threshold, keep_scale,
+                    D, DV, BM, BN, BD, BDV, LOGITS, MASK_ROWS, BIAS_ROWS, PRECISION, WIDE, UPCAST,
+                    partial, partial and slope_rows is not None,
+                )  # fmt: skip
+                b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
                 j = (j_first + tl.arange(0, BN))[None, :]
-                inside = (row < Lq)[:, None] & (j < Lk)
-                tl.store(p_dbias + j.to(tl.int64) * dbias_strides[3], b_ds.to(dbias.dtype.element_ty), mask=inside)
+                if slope_rows is not None:
+                    b_slope += tl.sum(b_dz * alibi_distance(row[:, None], j, terms.diagonal, Lq, Lk), 1)
+                if dbias is not None:
+                    inside = (row < Lq)[:, None] & (j < Lk)
+                    tl.store(p_dbias + j.to(tl.int64) * dbias_strides[3], b_dz.to(dbias.dtype.element_ty), mask=inside)
     store_rows(head_of(dq, b, h, dq_strides), i_first, b_dq * scale, Lq, dq_strides, D, BD, BM)
+    if slope_rows is not None:
+        tl.store(slope_rows + tl.cast(head, tl.int64) * Lq + row, b_slope, mask=row < Lq)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def bias_kernel(q, k, v, dout, stats, mask, bias, rng, dbias,
-                q_strides, k_strides, v_strides, dout_strides, mask_strides, bias_strides, dbias_strides,
+def bias_kernel(q, k, v, dout, stats, terms, rng, slice_b, slice_h, walk, dbias,
+                q_strides, k_strides, v_strides, dout_strides, dbias_strides,
                 padded, Hq, group, Lq, Lk, lo, hi, scale, threshold, keep_scale, n_i, n_j, dbias_heads, sum_b, sum_h,
                 D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-                BDV: tl.constexpr, MASK_ROWS: tl.constexpr, BIAS_ROWS: tl.constexpr, PRECISION: tl.constexpr,
-                WIDE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """One [BM, BN] tile of dbias [B|1, Hq|1, Lq, Lk]: dS summed over sum_b batches and sum_h heads, in order."""
+                BDV: tl.constexpr, LOGITS: tl.constexpr, MASK_ROWS: tl.constexpr, BIAS_ROWS: tl.constexpr,
+                PRECISION: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """One [BM, BN] tile of dbias [B|1, Hq|1, Lq, Lk]: dZ summed over sum_b batches and sum_h heads, in order."""
     pid = tl.program_id(0)
     i_first = pid // n_j % n_i * BM
     j_first = pid % n_j * BN
@@ -247,44 +275,54 @@ def bias_kernel(q, k, v, dout, stats, mask, bias, rng, dbias,
         b = slab_b + n // sum_h
         h = slab_h + n % sum_h
         head = b * Hq + h
-        b_q = load_rows(head_of(q, b, h, q_strides), i_first, row < Lq, q_strides, D, BD, BM, WIDE, UPCAST)
-        p_dout = head_of(dout, b, h, dout_strides)
-        b_dout = load_rows(p_dout, i_first, row < Lq, dout_strides, DV, BDV, BM, WIDE, UPCAST)
-        b_top, b_tail, b_delta = load_stats(stats, padded, head, i_first, BM)
-        b_ds, _ = _gradient_tile(
-            b_q, b_dout, b_top, b_tail, b_delta,
-            head_of(k, b, h // group, k_strides), head_of(v, b, h // group, v_strides),
-            None if mask is None else head_of(mask, b, h, mask_strides), head_of(bias, b, h, bias_strides), rng,
-            k_strides, v_strides, mask_strides, bias_strides, head, i_first, j_first, i_last,
-            Lq, Lk, lo, hi, scale, threshold, keep_scale,
-            D, DV, BM, BN, BD, BDV, MASK_ROWS, BIAS_ROWS, PRECISION, WIDE, UPCAST, True,
-        )  # fmt: skip
-        b_sum += b_ds
+        bits = bits_at(walk, b * slice_b + h * slice_h, i_first, j_first, Lq)
+        if bits != -2:
+            b_q = load_rows(head_of(q, b, h, q_strides), i_first, row < Lq, q_strides, D, BD, BM, WIDE, UPCAST)
+            p_dout = head_of(dout, b, h, dout_strides)
+            b_dout = load_rows(p_dout, i_first, row < Lq, dout_strides, DV, BDV, BM, WIDE, UPCAST)
+            b_top, b_tail, b_delta = load_stats(stats, padded, head, i_first, BM)
+            b_dz, _, _ = _gradient_tile(
+                b_q, b_dout, b_top, b_tail, b_delta, head_of(k, b, h // group, k_strides),
+                head_of(v, b, h // group, v_strides), terms, rng, k_strides, v_strides,
+                bits, head, i_first, j_first, i_last, Hq, Lq, Lk, lo, hi, scale, threshold, keep_scale,
+                D, DV, BM, BN, BD, BDV, LOGITS, MASK_ROWS, BIAS_ROWS, PRECISION, WIDE, UPCAST, True, False,
+            )  # fmt: skip
+            b_sum += b_dz
     dbias = head_of(dbias, slab_b, slab_h, dbias_strides)
     p_dbias = dbias + row.to(tl.int64)[:, None] * dbias_strides[2] + j.to(tl.int64) * dbias_strides[3]
     tl.store(p_dbias, b_sum.to(dbias.dtype.element_ty), mask=(row < Lq)[:, None] & (j < Lk))
 
 
-def backward(dout, dlse, q, k, v, mask, bias, rng, out, parts, params, dq, dk, dv, dbias) -> None:
-    """Fill the gradients that are not None. dbias [B|1, Hq|1, Lq|1, Lk|1] is summed over its broadcast dimensions."""
+def _row_sums(dout, dlse, x, out, parts):
+    """sum_j dZ_ij [B, Hq, Lq]: the weights of a row sum to 1, to 0 where it sees nothing, or to what a sink leaves."""
+    log_total = parts[..., 1]
+    rows = torch.zeros_like(log_total) if dlse is None else dlse.masked_fill(log_total == -torch.inf, 0.0)
+    if x.sinks is None:
+        return rows
+    of_sink = torch.exp(x.sinks[:, None] - parts[..., 0] - log_total.masked_fill(log_total == -torch.inf, torch.inf))
+    return rows + of_sink * (torch.linalg.vecdot(dout.float(), out.float()) - rows)
+
+
+def backward(dout, dlse, x, out, parts, params, dq, dk, dv, dbias, dslopes) -> None:
+    """Fill the gradients that are not None, for x and params as in `forward`.
+
+    dbias [B|1, Hq|1, Lq|1, Lk|1] and dslopes fp32 [B|1, Hq] are summed over their broadcast dimensions.
+    """
+    q, k, v, rng, plan = x.q, x.k, x.v, x.rng, x.plan
     B, Hq, Lq, D = q.shape
     Hk, Lk, Dv = k.shape[1], k.shape[2], v.shape[3]
     if B * Hq * Lq * Lk == 0:
-        for gradient in (dq, dk, dv, dbias):
+        for gradient in (dq, dk, dv, dbias, dslopes):
             if gradient is not None:
                 gradient.zero_()
         return
     if dbias is not None and dbias.shape[3] == 1:
-        # sum_j dS_ij is dlse_i exactly: the weights of a row sum to 1, or to 0 where it sees nothing.
-        log_total = parts[..., 1]
-        rows = torch.zeros_like(log_total) if dlse is None else dlse.masked_fill(log_total == -torch.inf, 0.0)
-        dbias.copy_(rows[..., None].sum_to_size(dbias.shape))
+        dbias.copy_(_row_sums(dout, dlse, x, out, parts)[..., None].sum_to_size(dbias.shape))
         dbias = None
-    if all(gradient is None for gradient in (dq, dk, dv, dbias)):
+    if all(gradient is None for gradient in (dq, dk, dv, dbias, dslopes)):
         return
 
-    extra = mask is not None or bias is not None or rng is not None
-    tiles = config.pick_backward(D, Dv, q.dtype, arch_of(q), extra)
+    tiles = config.pick_backward(D, Dv, q.dtype, arch_of(q), config.has_extras(x, params), plan is not None)
     group = Hq // Hk
     padded = config.ceil_div(Lq, config.STATS_PADDING) * config.STATS_PADDING
     stats = parts.new_empty(B * Hq, 3, padded)
@@ -296,29 +334,14 @@ def backward(dout, dlse, q, k, v, mask, bias, rng, out, parts, params, dq, dk, d
         UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
     )  # fmt: skip
 
-    inputs = (q, k, v, dout, stats, mask, bias, rng)
-    strides = (
-        q.stride(),
-        k.stride(),
-        v.stride(),
-        dout.stride(),
-        config.score_strides(mask),
-        config.score_strides(bias),
-    )
+    inputs = (q, k, v, dout, stats, config.terms_of(x, params), rng, *config.slice_strides(plan))
+    strides = (q.stride(), k.stride(), v.stride(), dout.stride())
     band = config.useful_band(*params.band(Lq, Lk), Lq, Lk)
-    scalars = (
-        padded,
-        Hq,
-        group,
-        Lq,
-        Lk,
-        *band,
-        float(params.scale),
-        *config.dropout_scalars(params.dropout_p),
-    )
+    dropout = config.dropout_scalars(params.dropout_p)
+    scalars = (padded, Hq, group, Lq, Lk, *band, float(params.scale), *dropout)
 
     def compiled_for(tile):
-        return config.compile_options(tile, (q, dout, k, v), mask, bias, INTERPRETED)
+        return config.compile_options(tile, (q, dout, k, v), x, params, INTERPRETED)
 
     by_column = dbias is not None and dbias.shape[2] == 1
     by_tile = dbias is not None and not by_column and dbias.shape[:2] != (B, Hq)
@@ -326,30 +349,33 @@ def backward(dout, dlse, q, k, v, mask, bias, rng, out, parts, params, dq, dk, d
         dk = torch.empty_like(k) if dk is None else dk
         dv = torch.empty_like(v) if dv is None else dv
         column = parts.new_empty(B, Hq, Lk) if by_column else None
-        n_tiles = config.ceil_div(Lk, tiles.keys.BN)
+        n_tiles = config.count_blocks(Lk, tiles.keys.BN, plan)
         section = config.heads_per_section(B * Hk, 1, q.element_size() * Lq * (D + Dv) * group)
         launch(
-            keys_kernel, n_tiles * B * Hk, *inputs, dk, dv, column, *strides, dk.stride(), dv.stride(),
+            keys_kernel, n_tiles * B * Hk, *inputs, config.columns_of(plan), dk, dv, column, *strides, dk.stride(), dv.stride(),
             *scalars, n_tiles, B * Hk, section, **compiled_for(tiles.keys),
         )  # fmt: skip
         if by_column:
             dbias.copy_(column[:, :, None].sum_to_size(dbias.shape))
     in_place = dbias if dbias is not None and not by_column and not by_tile else None
-    if dq is not None or in_place is not None:
+    if dq is not None or in_place is not None or dslopes is not None:
         dq = torch.empty_like(q) if dq is None else dq
-        if in_place is not None and band != (None, None):
-            in_place.zero_()  # tiles outside the band are never visited
-        n_tiles = config.ceil_div(Lq, tiles.queries.BM)
+        slope_rows = None if dslopes is None else parts.new_empty(B, Hq, Lq)
+        if in_place is not None and (band != (None, None) or plan is not None):
+            in_place.zero_()  # tiles outside the band or the plan are never visited
+        n_tiles = config.count_blocks(Lq, tiles.queries.BM, plan)
         section = config.heads_per_section(B * Hq, group, k.element_size() * Lk * (D + Dv))
         launch(
-            queries_kernel, n_tiles * B * Hq, *inputs, dq, in_place, *strides, dq.stride(),
+            queries_kernel, n_tiles * B * Hq, *inputs, config.rows_of(plan), dq, in_place, slope_rows, *strides, dq.stride(),
             None if in_place is None else in_place.stride(), *scalars, n_tiles, B * Hq, section,
             **compiled_for(tiles.queries),
         )  # fmt: skip
+        if dslopes is not None:
+            dslopes.copy_(-slope_rows.sum(2).sum_to_size(dslopes.shape))
     if by_tile:
         n_i, n_j = config.ceil_div(Lq, tiles.queries.BM), config.ceil_div(Lk, tiles.queries.BN)
         slabs_b, slabs_h = dbias.shape[:2]
         launch(
-            bias_kernel, slabs_b * slabs_h * n_i * n_j, *inputs, dbias, *strides, dbias.stride(), *scalars,
+            bias_kernel, slabs_b * slabs_h * n_i * n_j, *inputs, config.rows_of(plan), dbias, *strides, dbias.stride(), *scalars,
             n_i, n_j, slabs_h, B // slabs_b, Hq // slabs_h, **compiled_for(tiles.queries),
         )  # fmt: skip

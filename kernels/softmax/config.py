@@ -5,8 +5,14 @@ from typing import NamedTuple, Optional
 
 import torch
 
+from ..common.plans import TILE, Walk
+from ..common.scores import Terms
+
 # K and V of the heads in flight should stay in L2 (40 MB on A100, 50 MB on H100).
 L2_BYTES = 32 << 20
+
+# Scalars whose values kernels are not compiled for.
+UNSPECIALIZED = ["Hq", "Lq", "Lk", "lo", "hi", "threshold", "n_tiles", "n_heads", "section", "slice_b", "slice_h"]
 
 
 class LaunchConfig(NamedTuple):
@@ -76,25 +82,81 @@ def _column(D: int, Dv: int) -> int:
     return max(64, block_dim(D), block_dim(Dv))
 
 
-def pick_forward(D: int, Dv: int, dtype: torch.dtype, arch: int, Lq: int, extra: bool) -> LaunchConfig:
-    """arch: 80, 86 (99 KB of shared memory), 90 or 100; 0 is the interpreter. extra: a mask, bias or dropout."""
+def pick_forward(
+    D: int, Dv: int, dtype: torch.dtype, arch: int, Lq: int, extra: bool, plan: bool = False
+) -> LaunchConfig:
+    """arch: 80, 86 (99 KB of shared memory), 90 or 100; 0 is the interpreter. extra: see `has_extras`."""
     if arch == 0:
-        return INTERPRETER[0]
-    if dtype == torch.float32:
-        table = FORWARD_FP32
+        tile = INTERPRETER[0]
+    elif dtype == torch.float32:
+        tile = LaunchConfig(*FORWARD_FP32[_column(D, Dv)])
     elif Lq <= 16:
-        table = FORWARD_SHORT
+        tile = LaunchConfig(*FORWARD_SHORT[_column(D, Dv)])
     else:
         table = FORWARD_EXTRA if extra else FORWARD[80 if arch < 90 else 90]
-    return LaunchConfig(*table[_column(D, Dv)])
+        tile = LaunchConfig(*table[_column(D, Dv)])
+    return _inside_tiles(tile) if plan else tile
 
 
-def pick_backward(D: int, Dv: int, dtype: torch.dtype, arch: int, extra: bool) -> BackwardConfig:
+def pick_backward(D: int, Dv: int, dtype: torch.dtype, arch: int, extra: bool, plan: bool = False) -> BackwardConfig:
     if arch == 0:
-        return INTERPRETER[1]
-    if dtype == torch.float32:
-        return BACKWARD_FP32[_column(D, Dv)]
-    return (BACKWARD_EXTRA if extra else BACKWARD[80 if arch < 90 else 90])[_column(D, Dv)]
+        tiles = INTERPRETER[1]
+    elif dtype == torch.float32:
+        tiles = BACKWARD_FP32[_column(D, Dv)]
+    else:
+        tiles = (BACKWARD_EXTRA if extra else BACKWARD[80 if arch < 90 else 90])[_column(D, Dv)]
+    return BackwardConfig(*map(_inside_tiles, tiles)) if plan else tiles
+
+
+def _inside_tiles(tile: LaunchConfig) -> LaunchConfig:
+    """The same with blocks that do not cross the tiles of a plan."""
+    return tile._replace(BM=min(tile.BM, TILE.value), BN=min(tile.BN, TILE.value))
+
+
+def has_extras(x, params) -> bool:
+    """Options that take registers in every tile."""
+    return uses_logits(x, params) or x.mask is not None or x.plan is not None or x.rng is not None
+
+
+def uses_logits(x, params) -> bool:
+    """Whether kernels compare logits; else they compare q.k and scale differences of those."""
+    return bool(params.softcap) or x.bias is not None or x.slopes is not None or x.sinks is not None
+
+
+def terms_of(x, params) -> Terms:
+    B, Hq = x.q.shape[:2]
+    return Terms(
+        float(params.softcap) if params.softcap else None,
+        x.bias,
+        score_strides(x.bias),
+        None if x.slopes is None else x.slopes.expand(B, Hq).contiguous(),
+        x.diagonal,
+        x.mask,
+        score_strides(x.mask),
+        None if x.plan is None else x.plan.words,
+    )
+
+
+def rows_of(plan) -> Optional[Walk]:
+    """Runs of key tiles by query tile."""
+    return None if plan is None else Walk(plan.row_start, plan.rows, plan.row_order)
+
+
+def columns_of(plan) -> Optional[Walk]:
+    """Runs of query tiles by key tile."""
+    return None if plan is None else Walk(plan.column_start, plan.columns, plan.column_order)
+
+
+def slice_strides(plan) -> tuple[int, int]:
+    """(slice_b, slice_h): batch b and query head h follow slice b * slice_b + h * slice_h of a plan."""
+    if plan is None:
+        return 0, 0
+    return 0 if plan.batches == 1 else plan.heads, 0 if plan.heads == 1 else 1
+
+
+def count_blocks(L: int, block: int, plan) -> int:
+    """Blocks of [0, L); of whole tiles where there is a plan."""
+    return ceil_div(L, block) if plan is None else ceil_div(L, TILE.value) * (TILE.value // block)
 
 
 def block_dim(D: int) -> int:
@@ -146,7 +208,7 @@ def wide(*tensors: torch.Tensor) -> bool:
     return any(abs(stride) * 256 >= 2**31 for x in tensors for stride in x.stride()[2:])
 
 
-def compile_options(tile: LaunchConfig, tensors, mask, bias, interpreted) -> dict:
+def compile_options(tile: LaunchConfig, tensors, x, params, interpreted) -> dict:
     """Compile-time arguments that all kernels of this op share; tensors: those read in row blocks, v last."""
     q, v = tensors[0], tensors[-1]
     D, Dv = q.shape[3], v.shape[3]
@@ -156,8 +218,9 @@ def compile_options(tile: LaunchConfig, tensors, mask, bias, interpreted) -> dic
         "DV": Dv,
         "BD": block_dim(D),
         "BDV": block_dim(Dv),
-        "MASK_ROWS": has_rows(mask),
-        "BIAS_ROWS": has_rows(bias),
+        "LOGITS": uses_logits(x, params),
+        "MASK_ROWS": has_rows(x.mask),
+        "BIAS_ROWS": has_rows(x.bias),
         "PRECISION": dot_precision(q.dtype),
         "WIDE": wide(*tensors),
         # The interpreter's bf16 arithmetic is wrong (numpy has no bf16).

@@ -5,7 +5,8 @@ import triton.language as tl
 
 from ..common.dropout import keep_tile
 from ..common.launch import INTERPRETED, arch_of, launch
-from ..common.scores import drop_unseen, finish_scores
+from ..common.plans import planned_block, run_at, runs_of
+from ..common.scores import capped, drop_unseen, finish_logits
 from ..common.tiles import head_of, keys_in_reach, load_rows, span, store_rows, tile_start, work_item
 from . import config
 
@@ -22,15 +23,15 @@ def _attend(
     b_q,  # [BM, BD]
     k,  # [Lk, D] of this head, and so on
     v,
-    mask,
-    bias,
+    terms,
     rng,
+    walk,
+    i_slice,
     k_strides,
     v_strides,
-    mask_strides,
-    bias_strides,
     head,
     i_first,
+    Hq,
     Lq,
     Lk,
     lo,
@@ -44,6 +45,7 @@ def _attend(
     BN: tl.constexpr,
     BD: tl.constexpr,
     BDV: tl.constexpr,
+    LOGITS: tl.constexpr,
     MASK_ROWS: tl.constexpr,
     BIAS_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -53,58 +55,61 @@ def _attend(
 ):
     """Fold all key tiles of one kind into (acc, l, m)."""
     i_last = min(i_first + BM, Lq) - 1
-    HIDES: tl.constexpr = (PARTIAL or mask is not None) or bias is not None
-    start, full_start, full_end, n_partial, n_full = span(i_first, i_last, lo, hi, Lk, BN)
-    for n in range(0, n_partial if PARTIAL else n_full):
-        j_first = tile_start(n, start, full_start, full_end, BN, PARTIAL)
-        j = j_first + tl.arange(0, BN)
-        reach = None
-        if PARTIAL:
-            reach = keys_in_reach(j, i_first, i_last, Lk, lo, hi)
-        b_k = load_rows(k, j_first, reach, k_strides, D, BD, BN, WIDE, UPCAST)  # [BN, BD]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
-        if bias is not None:
-            b_s = b_s * scale
-        b_s, visible = finish_scores(
-            b_s, i_first + tl.arange(0, BM)[:, None], j[None, :], mask, bias, mask_strides, bias_strides,
-            Lq, Lk, lo, hi, MASK_ROWS, BIAS_ROWS, PARTIAL, PARTIAL,
-        )  # fmt: skip
+    DROPS: tl.constexpr = (terms.mask is not None or terms.bias is not None) or (PARTIAL and walk is not None)
+    first_run, end_run = runs_of(walk, i_slice, i_first, Lq)
+    for run in range(first_run, end_run):
+        begin, full_begin, end, bits = run_at(walk, run, Lk)
+        start, full_start, full_end, n_partial, n_full = span(i_first, i_last, lo, hi, begin, full_begin, end, BN)
+        for n in range(0, n_partial if PARTIAL else n_full):
+            j_first = tile_start(n, start, full_start, full_end, BN, PARTIAL)
+            j = j_first + tl.arange(0, BN)
+            reach = None
+            if PARTIAL:
+                reach = keys_in_reach(j, i_first, i_last, Lk, lo, hi)
+            b_k = load_rows(k, j_first, reach, k_strides, D, BD, BN, WIDE, UPCAST)  # [BN, BD]
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
+            b_s, _ = capped(b_s, scale, terms.softcap, LOGITS)
+            b_s, visible = finish_logits(
+                b_s, i_first + tl.arange(0, BM)[:, None], j[None, :], terms, bits, head, Hq,
+                Lq, Lk, lo, hi, MASK_ROWS, BIAS_ROWS, PARTIAL, PARTIAL,
+            )  # fmt: skip
 
-        m_new = tl.maximum(b_m, tl.max(b_s, 1))
-        m_ref = m_new
-        if HIDES:
-            # A row that has seen nothing yet has max -inf, and -inf - -inf is NaN.
-            m_ref = tl.where(m_new == float("-inf"), 0.0, m_new)
-        b_p = tl.exp2((b_s - m_ref[:, None]) * unit)
-        alpha = tl.exp2((b_m - m_ref) * unit)
-        b_l = b_l * alpha + tl.sum(b_p, 1)
-        b_m = m_new
-        if rng is not None:
-            b_p = tl.where(keep_tile(rng, threshold, head, i_first, j_first, BM, BN), b_p, 0.0)
+            m_new = tl.maximum(b_m, tl.max(b_s, 1))
+            m_ref = m_new
+            if PARTIAL or DROPS:
+                # A row that has seen nothing yet has max -inf, and -inf - -inf is NaN.
+                m_ref = tl.where(m_new == float("-inf"), 0.0, m_new)
+            b_p = tl.exp2((b_s - m_ref[:, None]) * unit)
+            alpha = tl.exp2((b_m - m_ref) * unit)
+            b_l = b_l * alpha + tl.sum(b_p, 1)
+            b_m = m_new
+            if rng is not None:
+                b_p = tl.where(keep_tile(rng, threshold, head, i_first, j_first, BM, BN), b_p, 0.0)
 
-        b_v = load_rows(v, j_first, reach, v_strides, DV, BDV, BN, WIDE, UPCAST)  # [BN, BDV]
-        if mask is not None or bias is not None:
-            b_v = drop_unseen(b_v, visible)
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * alpha[:, None], input_precision=PRECISION)
+            b_v = load_rows(v, j_first, reach, v_strides, DV, BDV, BN, WIDE, UPCAST)  # [BN, BDV]
+            if DROPS:
+                b_v = drop_unseen(b_v, visible)
+            b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * alpha[:, None], input_precision=PRECISION)
     return b_acc, b_l, b_m
 
 
-@triton.jit(do_not_specialize=["Hq", "group", "Lq", "Lk", "lo", "hi", "threshold", "n_tiles", "n_heads", "section"])
+@triton.jit(do_not_specialize=["group", *config.UNSPECIALIZED])
 def forward_kernel(
     q,  # [B, Hq, Lq, D]
     k,  # [B, Hk, Lk, D]
     v,  # [B, Hk, Lk, DV]
-    mask,  # int1 [B|1, Hq|1, Lq|1, Lk|1] or None
-    bias,  # like mask
+    terms,
+    sinks,  # fp32 [Hq] or None
     rng,  # int64 [2] or None
+    walk,  # rows of a plan, or None; slice of (b, h): b * slice_b + h * slice_h
+    slice_b,
+    slice_h,
     out,  # [B, Hq, Lq, DV]
     lse,  # fp32 [B, Hq, Lq], contiguous
     parts,  # fp32 [B, Hq, Lq, 2], contiguous, or None
     q_strides,
     k_strides,
     v_strides,
-    mask_strides,
-    bias_strides,
     out_strides,
     Hq,
     group,
@@ -124,34 +129,42 @@ def forward_kernel(
     BN: tl.constexpr,
     BD: tl.constexpr,
     BDV: tl.constexpr,
+    LOGITS: tl.constexpr,
     MASK_ROWS: tl.constexpr,
     BIAS_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    i_tile, head = work_item(tl.program_id(0), n_tiles, n_heads, section, hi is not None and lo is None)
-    i_first = i_tile * BM
+    HEAVY_LAST: tl.constexpr = walk is None and (hi is not None and lo is None)
+    i_tile, head = work_item(tl.program_id(0), n_tiles, n_heads, section, HEAVY_LAST)
     b, h = head // Hq, head % Hq
+    i_first = i_tile * BM
+    i_slice = 0
+    if walk is not None:
+        i_slice = b * slice_b + h * slice_h
+        i_first = planned_block(i_tile, walk, i_slice, Lq, BM)
     k = head_of(k, b, h // group, k_strides)
     v = head_of(v, b, h // group, v_strides)
-    mask = None if mask is None else head_of(mask, b, h, mask_strides)
-    bias = None if bias is None else head_of(bias, b, h, bias_strides)
     row = i_first + tl.arange(0, BM)
     b_q = load_rows(head_of(q, b, h, q_strides), i_first, row < Lq, q_strides, D, BD, BM, WIDE, UPCAST)
-    if bias is None:
+    if LOGITS:
+        sign = 1.0
+        magnitude = 1.0
+    else:
         # Scores stay unscaled until after the subtraction of their maximum, so a negative scale turns q around.
         sign = tl.where(scale < 0, -1.0, 1.0)
         magnitude = tl.abs(scale)
         b_q = tl.where(scale < 0, -b_q, b_q)
-    else:
-        sign = 1.0
-        magnitude = 1.0
     unit = tl.maximum(magnitude * LOG2E, TINY)
 
     b_acc = tl.zeros([BM, BDV], tl.float32)
     b_l = tl.zeros([BM], tl.float32)
     b_m = tl.full([BM], float("-inf"), tl.float32)
+    if sinks is not None:
+        # A sink is a key that comes before all others; its value is 0.
+        b_m = tl.zeros([BM], tl.float32) + tl.load(sinks + h)
+        b_l = tl.where(b_m == float("-inf"), 0.0, 1.0)
     for partial in tl.static_range(2):
         b_acc, b_l, b_m = _attend(
             b_acc,
@@ -160,15 +173,15 @@ def forward_kernel(
             b_q,
             k,
             v,
-            mask,
-            bias,
+            terms,
             rng,
+            walk,
+            i_slice,
             k_strides,
             v_strides,
-            mask_strides,
-            bias_strides,
             head,
             i_first,
+            Hq,
             Lq,
             Lk,
             lo,
@@ -182,6 +195,7 @@ def forward_kernel(
             BN,
             BD,
             BDV,
+            LOGITS,
             MASK_ROWS,
             BIAS_ROWS,
             PRECISION,
@@ -190,7 +204,7 @@ def forward_kernel(
             PARTIAL=partial,
         )
 
-    # A row that sees nothing: 0 and log 0 = -inf.
+    # A row that sees nothing and has no sink: 0 and log 0 = -inf.
     b_top = tl.where(b_m == float("-inf"), 0.0, b_m)
     b_log = tl.log(b_l)
     b_out = b_acc * (keep_scale / tl.where(b_l == 0, 1.0, b_l))[:, None]
@@ -202,48 +216,47 @@ def forward_kernel(
         tl.store(parts + at * 2 + 1, b_log, mask=row < Lq)
 
 
-def forward(q, k, v, mask, bias, rng, out, lse, parts, params) -> None:
+def forward(x, out, lse, parts, params) -> None:
     """Fill out [B, Hq, Lq, Dv], lse fp32 [B, Hq, Lq] and, where a backward pass will follow, parts fp32 [B, Hq, Lq, 2].
 
-    parts: the q.k (with bias, the logit) of the row's heaviest key and the log of the sum of weights relative to it,
-    (0, -inf) where the row sees nothing. lse and parts are contiguous. params: scale, dropout_p, band(Lq, Lk).
+    parts: the largest q.k of the row (its largest logit where `config.uses_logits`) and the log of the sum of weights
+    relative to it, (0, -inf) where the row sees nothing. lse and parts are contiguous.
+    x: q, k, v, bias, slopes, sinks, mask, diagonal, rng, plan. params: scale, softcap, dropout_p, band(Lq, Lk).
     """
+    q, k, v = x.q, x.k, x.v
     B, Hq, Lq, D = q.shape
     Hk, Lk, Dv = k.shape[1], k.shape[2], v.shape[3]
     if B * Hq * Lq == 0:
         return
-    extra = mask is not None or bias is not None or rng is not None
-    tile = config.pick_forward(D, Dv, q.dtype, arch_of(q), Lq, extra)
-    lo, hi = config.useful_band(*params.band(Lq, Lk), Lq, Lk)
-    n_tiles = config.ceil_div(Lq, tile.BM)
+    tile = config.pick_forward(D, Dv, q.dtype, arch_of(q), Lq, config.has_extras(x, params), x.plan is not None)
+    n_tiles = config.count_blocks(Lq, tile.BM, x.plan)
     launch(
         forward_kernel,
         n_tiles * B * Hq,
         q,
         k,
         v,
-        mask,
-        bias,
-        rng,
+        config.terms_of(x, params),
+        x.sinks,
+        x.rng,
+        config.rows_of(x.plan),
+        *config.slice_strides(x.plan),
         out,
         lse,
         parts,
         q.stride(),
         k.stride(),
         v.stride(),
-        config.score_strides(mask),
-        config.score_strides(bias),
         out.stride(),
         Hq,
         Hq // Hk,
         Lq,
         Lk,
-        lo,
-        hi,
+        *config.useful_band(*params.band(Lq, Lk), Lq, Lk),
         float(params.scale),
         *config.dropout_scalars(params.dropout_p),
         n_tiles,
         B * Hq,
         config.heads_per_section(B * Hq, Hq // Hk, k.element_size() * Lk * (D + Dv)),
-        **config.compile_options(tile, (q, k, v), mask, bias, INTERPRETED),
+        **config.compile_options(tile, (q, k, v), x, params, INTERPRETED),
     )

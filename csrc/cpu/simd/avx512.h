@@ -24,6 +24,7 @@ inline void vstore_n(void* p, Vec a, int n) { _mm512_mask_storeu_ps(p, lanes(n),
 inline Vec vadd(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 inline Vec vsub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 inline Vec vmul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+inline Vec vdiv(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 inline Vec vfma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec vmax(Vec a, Vec b) { return _mm512_max_ps(a, b); }  // b where either is NaN
 inline float vsum(Vec a) { return _mm512_reduce_add_ps(a); }
@@ -31,6 +32,7 @@ inline float vmaximum(Vec a) { return _mm512_reduce_max_ps(a); }
 // a where the bit of the lane is set, else b
 inline Vec vselect(uint32_t bits, Vec a, Vec b) { return _mm512_mask_blend_ps(static_cast<__mmask16>(bits), b, a); }
 inline uint32_t vnot_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ); }
+inline uint32_t vless(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 inline Vec vround(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec vscale2(Vec a, Vec exponent) { return _mm512_scalef_ps(a, exponent); }  // a * 2^exponent
 

@@ -29,6 +29,7 @@ inline void vstore_n(void* p, Vec a, int n) { std::memcpy(p, &a, static_cast<siz
 inline Vec vadd(Vec a, Vec b) { return a + b; }
 inline Vec vsub(Vec a, Vec b) { return a - b; }
 inline Vec vmul(Vec a, Vec b) { return a * b; }
+inline Vec vdiv(Vec a, Vec b) { return a / b; }
 inline Vec vfma(Vec a, Vec b, Vec c) { return a * b + c; }
 inline Vec vmax(Vec a, Vec b) {
     Vec r;
@@ -49,6 +50,11 @@ inline Vec vselect(uint32_t bits, Vec a, Vec b) {
 inline uint32_t vnot_equal(Vec a, Vec b) {
     uint32_t bits = 0;
     for (int i = 0; i < W; ++i) bits |= static_cast<uint32_t>(a[i] != b[i]) << i;
+    return bits;
+}
+inline uint32_t vless(Vec a, Vec b) {
+    uint32_t bits = 0;
+    for (int i = 0; i < W; ++i) bits |= static_cast<uint32_t>(a[i] < b[i]) << i;
     return bits;
 }
 inline Vec vround(Vec a) {

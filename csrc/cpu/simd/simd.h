@@ -35,6 +35,8 @@ inline T most(T a, T b) {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+inline Vec vabs(Vec a) { return vmax(a, vsub(vzero(), a)); }
+
 // 2^x for x <= 0 (or NaN). Minimax polynomials with value 1 at 0; largest relative error 9.2e-8 and, Fast, 2.9e-6, a
 // thousandth of a bf16 rounding and the error of an lse made of such weights.
 template <bool Fast>

@@ -45,6 +45,8 @@ struct TensorView {
 
 constexpr int64_t kUnbounded = int64_t{1} << 62;
 
+struct TilePlanView;
+
 struct SoftmaxParams {
     TensorView q;     // [B, Hq, Lq, D]
     TensorView k;     // [B, Hk, Lk, D]
@@ -52,13 +54,21 @@ struct SoftmaxParams {
     TensorView mask;  // bool [B|1, Hq|1, Lq|1, Lk|1], optional
     TensorView bias;  // float [B|1, Hq|1, Lq|1, Lk|1], optional
     TensorView out;   // [B, Hq, Lq, Dv]
-    float* lse;       // [B, Hq, Lq], of the forward pass
-    // [B, Hq, Lq, 2]: lse in two parts, since one float cannot hold both: the largest score (with bias, logit) of the
-    // row as it comes out of the product, and the log of the sum of weights relative to it; (0, -inf) where the row
-    // sees nothing. Forward: written where a backward pass will follow.
+    // ALiBi, optional: slope(b, h) * |i + zero(i) - j| is taken off a logit.
+    const float* slopes;       // [B|1, Hq]
+    int64_t slopes_batch;      // elements between batches, or 0
+    const int32_t* diagonal;   // [Lq], optional: zero(i) is Lk - Lq without it
+    const float* sinks;        // [Hq], optional: exp(sink) enters the denominator
+    const TilePlanView* plan;  // optional, not together with mask
+    float* lse;                // [B, Hq, Lq], of the forward pass, optional
+    // [B, Hq, Lq, 2]: lse in two parts, since one float cannot hold both: the largest score of the row as it comes out
+    // of the product (with bias, slopes, sinks or softcap: the largest logit or sink), and the log of the sum of
+    // weights relative to it; (0, -inf) where there is neither key nor sink. Forward: written where a backward pass
+    // will follow.
     float* lse_parts;
 
     double scale;
+    double softcap;  // 0: none
     int64_t lo, hi;  // key j is visible to query i only if lo <= j - i <= hi; +-kUnbounded
     double dropout_p;
     uint64_t seed, offset;
@@ -81,6 +91,7 @@ struct SoftmaxGradients {
     TensorView dk;      // [B, Hk, Lk, D], optional
     TensorView dv;      // [B, Hk, Lk, Dv], optional
     TensorView dbias;   // float32, contiguous, the shape of bias, optional
+    float* dslopes;     // the shape of slopes, optional
 };
 
 }  // namespace fastattn

@@ -32,7 +32,7 @@ struct TilePlanView {
     const TileRun *rows = nullptr, *columns = nullptr;
     const uint64_t* words = nullptr;
     const int32_t *row_order = nullptr, *column_order = nullptr;
-    int64_t batches = 1, heads = 1, q_tiles = 0, k_tiles = 0;
+    int64_t batches = 1, heads = 1, q_tiles = 0, k_tiles = 0, Lq = 0, Lk = 0;
 
     TilePlanView() = default;
     explicit TilePlanView(const TilePlan& plan);
@@ -49,6 +49,9 @@ TilePlan plan_from_mask(const TensorView& mask, int64_t Lq, int64_t Lk, int thre
 
 // Bits of the 64 keys of a key tile that row i of (b, h) of a bool mask leaves; keys past Lk are 0.
 uint64_t mask_word(const TensorView& mask, int64_t b, int64_t h, int64_t i, int64_t tile, int64_t Lk);
+
+// The first run of a query tile that ends after key tile `tile`, or null.
+const TileRun* find_run(const TilePlanView& plan, int64_t b, int64_t h, int64_t q_tile, int64_t tile);
 
 // Keys [64 * tile, 64 * tile + 64) that row i of (b, h) may see: mask, band and Lk together, as bits.
 uint64_t visible_word(const SoftmaxParams& p, int64_t b, int64_t h, int64_t i, int64_t tile);

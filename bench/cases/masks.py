@@ -1,0 +1,191 @@
+"""Softmax attention under masks of `fastattn.masks`: against its own dense time, torch with a dense mask, FlexAttention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastattn
+from fastattn import masks
+from fastattn.testing import inputs as testing_inputs
+from fastattn.testing.inputs import Inputs
+
+from ..case import Case, Goal, Implementation
+from . import softmax
+
+DTYPES = softmax.DTYPES
+BLOCK = 64
+OVERHEAD = 0.03  # of the dense time: what a sparse call may take beyond its density
+DOCUMENTS = 8
+
+
+@dataclass(frozen=True)
+class Problem(testing_inputs.Case):
+    pattern: str = "full"
+    density: float = 1.0  # of blocks, where the pattern draws them
+
+
+@cache
+def mask_of(problem: Problem) -> masks.Mask:
+    L = problem.Lk
+    if problem.pattern == "blocks":
+        n = -(-L // BLOCK)
+        drawn = torch.rand(n, n, generator=testing_inputs.generator(1)) < problem.density
+        return masks.blocks(drawn, BLOCK)
+    table = {
+        "causal documents": lambda: masks.causal() & masks.documents(_ids(L)),
+        "documents": lambda: masks.documents(_ids(L)),
+        "window": lambda: masks.causal() & masks.window(1023, 0),
+        "prefix": lambda: masks.causal() | masks.prefix(L // 8),
+    }
+    return table[problem.pattern]()
+
+
+@cache
+def _ids(L: int) -> Tensor:
+    """Random documents, end to end."""
+    cuts = torch.randperm(L - 1, generator=testing_inputs.generator(2))[: DOCUMENTS - 1] + 1
+    return torch.isin(torch.arange(L), cuts).cumsum(0)
+
+
+def _mask_mod(problem: Problem, device: str) -> Callable:
+    """The same visibility as FlexAttention takes it."""
+    L, ids = problem.Lk, _ids(problem.Lk).to(device)
+    if problem.pattern == "blocks":
+        drawn = mask_of(problem).visible.to(device)  # type: ignore[attr-defined]
+        return lambda b, h, i, j: drawn[i // BLOCK, j // BLOCK]
+    return {
+        "causal documents": lambda b, h, i, j: (ids[i] == ids[j]) & (j <= i),
+        "documents": lambda b, h, i, j: ids[i] == ids[j],
+        "window": lambda b, h, i, j: (j <= i) & (i - j <= 1023),
+        "prefix": lambda b, h, i, j: (j <= i) | (j < L // 8),
+    }[problem.pattern]
+
+
+def case(name: str, problem: Problem, dtype: str, baseline: str, ratio: float | None, **fields: Any) -> Case:
+    backward = fields.get("backward", False)
+    pairs = problem.B * problem.Hq * problem.Lq * problem.Lk * mask_of(problem).density(problem.Lq, problem.Lk)
+    products = 3 * problem.D + 2 * problem.head_dim_v if backward else problem.D + problem.head_dim_v
+    shape = {name: getattr(problem, name) for name in ("B", "Hq", "Hk", "Lq", "Lk", "D")} | {"Dv": problem.head_dim_v}
+    return Case(
+        name,
+        "masks",
+        problem,
+        dtype,
+        flops=2.0 * pairs * products,
+        bytes=softmax.bytes_moved(problem, dtype, backward),
+        goal=Goal(ratio),
+        details={"shape": shape, "options": {"mask": repr(mask_of(problem))[:80]}, "against": baseline},
+        extra=baseline,
+        **fields,
+    )
+
+
+def problem(pattern: str, L: int, H: int = 4, D: int = 64, density: float = 1.0) -> Problem:
+    return Problem(B=1, Hq=H, Hk=H, Lq=L, Lk=L, D=D, pattern=pattern, density=density)
+
+
+def cpu_cases() -> list[Case]:
+    cases = []
+    for dtype in ("fp32", "bf16"):
+        for backward in (False, True):
+            way = "backward" if backward else "forward"
+            for wanted in (1.0, 0.75, 0.5, 0.25, 0.1, 0.05):
+                blocks = problem("blocks", 4096, density=wanted)
+                density = mask_of(blocks).density(4096, 4096)
+                ratio = 1 / 1.05 if wanted == 1 else 1 / (density + OVERHEAD)
+                name = f"{dtype} {way} blocks of 64, density {density:.2f}"
+                cases.append(case(name, blocks, dtype, "dense", round(ratio, 3), backward=backward, presets=("masks",)))
+    documents = problem("causal documents", 8192)
+    for backward in (False, True):
+        name = f"fp32 {'backward' if backward else 'forward'} causal & documents L8192"
+        cases.append(case(name, documents, "fp32", "torch", 8.0, backward=backward, presets=("masks",)))
+    for pattern, density in (("causal documents", 1.0), ("window", 1.0), ("prefix", 1.0), ("blocks", 0.25)):
+        name = f"fp32 forward {pattern} L4096, vs flex"
+        cases.append(case(name, problem(pattern, 4096, density=density), "fp32", "flex", 1.5, presets=("masks",)))
+    return cases
+
+
+def gpu_cases() -> list[Case]:
+    cases = []
+    for L in (8192, 16384, 32768):
+        for pattern, density in (
+            ("causal documents", 1.0),
+            ("window", 1.0),
+            ("prefix", 1.0),
+            ("blocks", 0.1),
+            ("blocks", 0.5),
+        ):
+            for backward in (False, True):
+                way = "backward" if backward else "forward"
+                name = f"bf16 {way} {pattern}{f' {density}' if pattern == 'blocks' else ''} L{L} D128, vs flex"
+                p = problem(pattern, L, H=16, D=128, density=density)
+                cases.append(case(name, p, "bf16", "flex", 1.25, backward=backward, presets=("gpu",), device="cuda"))
+    return cases
+
+
+CASES = (*cpu_cases(), *gpu_cases())
+
+make, leaves, pick = softmax.make, softmax.leaves, softmax.pick
+
+
+def golden(case: Case, inputs: Inputs) -> dict[str, Tensor]:
+    visible = mask_of(case.problem).to_dense(case.problem.Lq, case.problem.Lk).to(inputs.q.device)
+    return softmax.golden(case, inputs._replace(mask=visible))
+
+
+def implementations(case: Case, backend: str = "auto") -> dict[str, Implementation]:
+    problem = case.problem
+    # The plan is made and kept at the first call: the check.
+    ours = Implementation(
+        lambda x: fastattn.attention(x.q, x.k, x.v, mask=mask_of(problem), backend=backend),
+        lambda x: _kernel(fastattn.explain(x.q, x.k, x.v, mask=mask_of(problem), backend=backend)),
+    )
+    baseline = {"dense": _dense, "torch": _torch, "flex": _flex}[case.extra](problem, backend)
+    return {case.extra: baseline, "fastattn": ours}
+
+
+def _kernel(explanation: fastattn.dispatch.Explanation) -> str:
+    return f"{explanation.chosen}: {explanation.kernel}"
+
+
+def _dense(problem: Problem, backend: str) -> Implementation:
+    """Our own time for everything: the result is that of the mask only where the mask hides nothing."""
+    return Implementation(
+        lambda x: fastattn.attention(x.q, x.k, x.v, backend=backend),
+        lambda x: "fastattn, no mask",
+        other=mask_of(problem).density(problem.Lq, problem.Lk) < 1,
+    )
+
+
+def _torch(problem: Problem, backend: str) -> Implementation:
+    @cache
+    def visible(device: str) -> Tensor:
+        return mask_of(problem).to_dense(problem.Lq, problem.Lk).to(device)
+
+    return Implementation(
+        lambda x: softmax.torch_attention(x.q, x.k, x.v, attn_mask=visible(x.q.device.type)),
+        lambda x: "torch's choice, dense bool mask",
+        peer=True,
+    )
+
+
+def _flex(problem: Problem, backend: str) -> Implementation:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    torch._dynamo.reset()  # beyond eight shapes it would stop compiling and run unfused
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    @cache
+    def block_mask(device: str) -> Any:
+        return create_block_mask(_mask_mod(problem, device), None, None, problem.Lq, problem.Lk, device=device)
+
+    def attend(x: Inputs) -> Tensor:
+        return compiled(x.q, x.k, x.v, block_mask=block_mask(x.q.device.type))
+
+    return Implementation(attend, lambda x: "compiled FlexAttention", peer=True)
