@@ -48,8 +48,12 @@ def speed(results: list[Result], peaks: Peaks) -> None:
     show_peaks(peaks)
     pairs = [r for r in results if len(r.outcomes) == 2]
     if pairs:
-        header = "case|torch ms|ours ms|ratio|goal|met|GFLOP/s or GB/s|% of peak|goal %|met|kernel".split("|")
-        show("Speed, medians of interleaved rounds; ratio = torch / ours", header, [_pair(r) for r in pairs])
+        header = "case|baseline ms|ours ms|ratio|goal|met|GFLOP/s or GB/s|% of peak|goal %|met|kernel".split("|")
+        show(
+            "Speed, medians of interleaved rounds; ratio = baseline (torch, where nothing else is named) / ours",
+            header,
+            [_pair(r) for r in pairs],
+        )
     many = [r for r in results if len(r.outcomes) > 2]
     if many:
         header = "case|implementation|ms (p20-p80)|GFLOP/s|% of peak|vs torch|error vs torch|kernel".split("|")

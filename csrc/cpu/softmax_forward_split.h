@@ -60,8 +60,8 @@ class Split {
     int64_t chunk_scratch() const {
         const int64_t keys = direct_keys_ ? 0 : kSlots * layout_.k_tile;
         const int64_t values = direct_values_ ? 0 : kGroupKeys / Math::kPair * layout_.ldo;
-        return round_up(
-            rows_ * (layout_.ldq + layout_.ldo) + kRows * kScoreRow + keys + values + 64 + 8 * layout_.d_units, 16);
+        const int64_t lanes = grouped_ ? 8 * layout_.d_units : 0;
+        return round_up(rows_ * (layout_.ldq + layout_.ldo) + kRows * kScoreRow + keys + values + lanes + 64, 16);
     }
 
     void place(Panel& x, int64_t b, int64_t hk, int64_t row) const {

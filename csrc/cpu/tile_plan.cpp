@@ -109,23 +109,22 @@ std::unique_ptr<uint64_t[]> seen_keys(const SoftmaxParams& p) {
     std::unique_ptr<uint64_t[]> seen(new uint64_t[static_cast<size_t>(p.B() * p.Hk() * words)]());
     parallel_for(p.threads, p.B() * p.Hk() * words, [&](int64_t task) {
         const int64_t b = task / words / p.Hk(), hk = task / words % p.Hk(), tile = task % words;
-        // Rows that can reach this tile, the last first: under a causal band it sees the most.
-        const int64_t j0 = tile * kTile;
-        const int64_t top = j0 + kTile - 1 - p.lo < p.Lq() - 1 ? j0 + kTile - 1 - p.lo : p.Lq() - 1;
-        const int64_t bottom = j0 - p.hi > 0 ? j0 - p.hi : 0;
-        const int64_t keys = p.Lk() - j0 < kTile ? p.Lk() - j0 : kTile;
+        const int64_t j0 = tile * kTile, keys = p.Lk() - j0 < kTile ? p.Lk() - j0 : kTile;
         const uint64_t all = keys == kTile ? ~uint64_t{0} : (uint64_t{1} << keys) - 1;
         uint64_t found = 0;
-        for (int64_t h = hk * group; p.plan && !p.bias && h < (hk + 1) * group; ++h) {
-            const int32_t* start = p.plan->column_start + p.plan->slice(b, h) * words + tile;
-            for (int64_t run = start[0]; run < start[1] && found != all; ++run) {
-                found |= seen_by(p, p.plan->columns[run], tile);
-            }
-        }
         if (p.plan && !p.bias) {
+            for (int64_t h = hk * group; h < (hk + 1) * group; ++h) {
+                const int32_t* start = p.plan->column_start + p.plan->slice(b, h) * words + tile;
+                for (int64_t run = start[0]; run < start[1] && found != all; ++run) {
+                    found |= seen_by(p, p.plan->columns[run], tile);
+                }
+            }
             seen[task] = found;
             return;
         }
+        // Rows that can reach this tile, the last first: under a causal band it sees the most.
+        const int64_t top = j0 + kTile - 1 - p.lo < p.Lq() - 1 ? j0 + kTile - 1 - p.lo : p.Lq() - 1;
+        const int64_t bottom = j0 - p.hi > 0 ? j0 - p.hi : 0;
         for (int64_t i = top; i >= bottom && found != all; --i) {
             for (int64_t h = hk * group; h < (hk + 1) * group && found != all; ++h) {
                 uint64_t word = visible_word(p, b, h, i, tile);

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import checks, masks
 from ..masks import Mask, TilePlan
 from ..masks.data import plainly
-from ..params import CAUSAL_NONE, CAUSAL_TOP_LEFT, SoftmaxParams, SoftmaxTensors
+from ..params import CAUSAL_NONE, SoftmaxParams, SoftmaxTensors
 
 
 @plainly()
@@ -38,25 +38,17 @@ def packed_plan(
         )
     if isinstance(mask, TilePlan):
         raise TypeError("a plan cannot be combined with cu_seqlens: pass the mask object")
-    lengths_q = cu_q.diff()
-    # Key j is on the diagonal of query i of its sequence where j = i + diagonal[i]: aligned at the ends, or the starts.
-    ends, starts = cu_k[1:] - cu_q[1:], cu_k[:-1] - cu_q[:-1]
-    diagonal, top_left = (torch.repeat_interleave(d, lengths_q) for d in (ends, starts))
-    i = torch.arange(Lq)
-    lo = torch.repeat_interleave(cu_k[:-1], lengths_q)
-    hi = torch.repeat_interleave(cu_k[1:], lengths_q)
-    if params.causal != CAUSAL_NONE:
-        hi = torch.minimum(hi, i + 1 + (top_left if params.causal == CAUSAL_TOP_LEFT else diagonal))
-    if params.window_left is not None:
-        lo = torch.maximum(lo, i + diagonal - params.window_left)
-    if params.window_right is not None:
-        hi = torch.minimum(hi, i + 1 + diagonal + params.window_right)
-    lo = lo.clamp(0, Lk)
-    visible: Mask = masks.intervals(lo[:, None], torch.maximum(lo, hi)[:, None])
+    sides = (params.window_left, params.window_right)
+    causal = False if params.causal == CAUSAL_NONE else params.causal
+    visible: Mask = masks.from_cu_seqlens(cu_q, cu_k, causal, sides)
     if mask is not None:
         if not isinstance(mask, Mask):
             mask = masks.dense(checks.bool_mask(mask, (B, Hq, Lq, Lk), x.q.device).expand(-1, -1, Lq, Lk).cpu())
         visible = visible & mask
     plan = checks.tile_plan(visible.plan(Lq, Lk), (B, Hq, Lq, Lk), x.q.device)
     params = params._replace(causal=CAUSAL_NONE, window_left=None, window_right=None)
-    return plan, diagonal.to(x.q.device, torch.int32) if with_diagonal else None, params
+    if not with_diagonal:
+        return plan, None, params
+    # Sequences are aligned at their ends: key j is at distance 0 from query i where j = i + diagonal[i].
+    diagonal = torch.repeat_interleave(cu_k[1:] - cu_q[1:], cu_q.diff())
+    return plan, diagonal.to(x.q.device, torch.int32), params
