@@ -14,6 +14,7 @@ from fastattn import masks
 from fastattn.backends import native
 from fastattn.masks import TilePlan, plan_from_dense
 from fastattn.masks.plan import build_plan
+from fastattn.masks.rows import unpack
 
 needs_core = pytest.mark.skipif(native._C is None, reason=f"native: {native.status()}")
 MASK = masks.causal() & masks.documents(torch.arange(300) // 70) | masks.prefix(5)
@@ -268,3 +269,9 @@ def test_plans_without_the_native_core(monkeypatch):
     monkeypatch.setattr(native, "_C", None)
     assert_same_plan(masks.from_dict(MASK.to_dict()).plan(300, 300), expected)
     assert_same_plan(plan_from_dense(MASK.to_dense(300, 300), 300, 300), expected)
+
+
+def test_bits_are_unpacked_where_they_are():
+    """A plan on another device is read there."""
+    words = torch.zeros(3, 2, dtype=torch.int64, device="meta")
+    assert unpack(words, 100).device.type == "meta"

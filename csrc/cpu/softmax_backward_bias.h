@@ -23,18 +23,17 @@ inline void make_logits(const SoftmaxParams& p, int64_t b, int64_t h, int64_t i0
 
 // Gradient of the bias. One that spans queries and keys is summed where it lies; for one that broadcasts along them,
 // every head has sums of its own (over keys by query, or over queries by key) that `finish` adds up in a fixed order.
-class BiasGradient {
+class BiasGradient : public HeadSums {
    public:
     BiasGradient(const SoftmaxParams& p, const TensorView& d)
-        : p_(p),
+        : HeadSums(p, spans_row(d)      ? p.Lq()
+                      : spans_column(d) ? p.Lk()
+                                        : 0),
+          p_(p),
           d_(d),
-          by_row_(d && d.size[3] == 1),
-          by_column_(d && d.size[3] != 1 && d.size[2] == 1),
-          dense_(d && d.size[3] != 1 && d.size[2] != 1),
-          length_(by_row_      ? p.Lq()
-                  : by_column_ ? p.Lk()
-                               : 0),
-          sums_(p.B() * p.Hq() * length_ * 4) {}
+          by_row_(spans_row(d)),
+          by_column_(spans_column(d)),
+          dense_(d && !by_row_ && !by_column_) {}
 
     bool wanted() const { return bool(d_); }
     bool by_row() const { return by_row_; }
@@ -70,20 +69,12 @@ class BiasGradient {
         }
     }
 
-    void add_rows(int64_t b, int64_t h, int64_t i0, int64_t rows, const float* added, bool first) const {
-        float* out = sums(b, h) + i0;
-        for (int64_t r = 0; r < rows; ++r) out[r] = first ? added[r] : out[r] + added[r];
-    }
-    void zero_rows(int64_t b, int64_t h, int64_t i0, int64_t rows) const {
-        memset(sums(b, h) + i0, 0, sizeof(float) * static_cast<size_t>(rows));
-    }
-
     // Adds up what the heads have found.
     void finish() const {
-        if (!length_) return;
+        if (!length()) return;
         float* out = reinterpret_cast<float*>(d_.data);
         const bool all_b = d_.size[0] == 1, all_h = d_.size[1] == 1, all_rows = by_row_ && d_.size[2] == 1;
-        const int64_t count = all_rows ? 1 : length_, inner = all_rows ? length_ : 1;
+        const int64_t count = all_rows ? 1 : length(), inner = all_rows ? length() : 1;
         for (int64_t b = 0; b < d_.size[0]; ++b) {
             for (int64_t h = 0; h < d_.size[1]; ++h) {
                 for (int64_t x = 0; x < count; ++x) {
@@ -100,8 +91,9 @@ class BiasGradient {
     }
 
    private:
+    static bool spans_row(const TensorView& d) { return d && d.size[3] == 1; }
+    static bool spans_column(const TensorView& d) { return d && d.size[3] != 1 && d.size[2] == 1; }
     float* row(int64_t b, int64_t h, int64_t i) const { return reinterpret_cast<float*>(d_.row(b, h, i)); }
-    float* sums(int64_t b, int64_t h) const { return sums_.as<float>() + (b * p_.Hq() + h) * length_; }
     static void add_to(float* out, Vec first, Vec second, int64_t keys) {
         if (keys == kPanel) {
             vstore(out, vadd(vload(out), first));
@@ -117,8 +109,6 @@ class BiasGradient {
     const SoftmaxParams& p_;
     const TensorView d_;
     const bool by_row_, by_column_, dense_;
-    const int64_t length_;
-    const Scratch sums_;
 };
 
 }  // namespace FASTATTN_ISA

@@ -187,6 +187,30 @@ class BackwardSight {
     const int64_t queries_, keys_, k_blocks_;
 };
 
+// Sums along the queries or keys of each head, in an order of their own; what heads share is added up afterwards.
+class HeadSums {
+   public:
+    HeadSums(const SoftmaxParams& p, int64_t length)
+        : heads_(p.Hq()), length_(length), sums_(p.B() * p.Hq() * length * 4) {}
+
+    // Of queries [i0, i0 + rows) of (b, h), in turn.
+    void add_rows(int64_t b, int64_t h, int64_t i0, int64_t rows, const float* added, bool first) const {
+        float* out = sums(b, h) + i0;
+        for (int64_t r = 0; r < rows; ++r) out[r] = first ? added[r] : out[r] + added[r];
+    }
+    void zero_rows(int64_t b, int64_t h, int64_t i0, int64_t rows) const {
+        memset(sums(b, h) + i0, 0, sizeof(float) * static_cast<size_t>(rows));
+    }
+
+   protected:
+    int64_t length() const { return length_; }
+    float* sums(int64_t b, int64_t h) const { return sums_.as<float>() + (b * heads_ + h) * length_; }
+
+   private:
+    const int64_t heads_, length_;
+    const Scratch sums_;
+};
+
 // Rows of S and dP that become P and dS.
 struct Strip {
     float *scores, *dweights;         // [rows][kPanel]; dweights receives dS where it is not the output itself

@@ -6,9 +6,9 @@ namespace fastattn {
 namespace FASTATTN_ISA {
 
 // Every query row has a sum of its own, over keys in their order; `finish` adds them up in a fixed order.
-class SlopeGradient {
+class SlopeGradient : public HeadSums {
    public:
-    SlopeGradient(const SoftmaxParams& p, float* d) : p_(p), d_(d), sums_(d ? p.B() * p.Hq() * p.Lq() * 4 : 0) {}
+    SlopeGradient(const SoftmaxParams& p, float* d) : HeadSums(p, d ? p.Lq() : 0), p_(p), d_(d) {}
 
     bool wanted() const { return d_; }
 
@@ -19,15 +19,6 @@ class SlopeGradient {
             const Vec first = vmul(vload(ds + r * kPanel), distance(j0));
             rows_out[r] -= vsum(vfma(vload(ds + r * kPanel + W), distance(j0 + W), first));
         }
-    }
-
-    // Of queries [i0, i0 + rows) of (b, h), in turn.
-    void add_rows(int64_t b, int64_t h, int64_t i0, int64_t rows, const float* added, bool first) const {
-        float* out = sums(b, h) + i0;
-        for (int64_t r = 0; r < rows; ++r) out[r] = first ? added[r] : out[r] + added[r];
-    }
-    void zero_rows(int64_t b, int64_t h, int64_t i0, int64_t rows) const {
-        memset(sums(b, h) + i0, 0, sizeof(float) * static_cast<size_t>(rows));
     }
 
     void finish() const {
@@ -43,11 +34,8 @@ class SlopeGradient {
     }
 
    private:
-    float* sums(int64_t b, int64_t h) const { return sums_.as<float>() + (b * p_.Hq() + h) * p_.Lq(); }
-
     const SoftmaxParams& p_;
     float* const d_;
-    const Scratch sums_;
 };
 
 }  // namespace FASTATTN_ISA

@@ -106,8 +106,6 @@ def softmax_double_backward(cotangents, dout, dlse, x: SoftmaxTensors, params: S
         grads[1] += cotangents[5][:, None]  # lse is the sink, whose gradient is the sum of dlse
     for i0, i1 in () if problem.empty else problem.q_tiles():
         j0, j1 = problem.key_range(i0, i1)
-        if x.plan is not None:
-            j0 = j0 // 64 * 64
         if j0 >= j1:
             if x.sinks is None:
                 continue

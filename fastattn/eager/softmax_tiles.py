@@ -15,7 +15,6 @@ from ..philox import keep_mask
 TILE_ELEMENTS = 1 << 21
 TILE_K = 512
 BAND_ROWS = 256
-PLAN_TILE = 64
 
 
 class Logits(NamedTuple):
@@ -45,8 +44,9 @@ class Problem:
         skips = self.lo is not None or self.hi is not None or x.plan is not None
         most_rows = min(max(self.Lq, 1), BAND_ROWS) if skips else max(self.Lq, 1)
         self.rows = max(16, min(most_rows, TILE_ELEMENTS // (heads * min(TILE_K, max(self.Lk, 1)))))
-        if x.plan is not None:
-            self.rows = max(PLAN_TILE, self.rows // PLAN_TILE * PLAN_TILE)
+        self.columns = TILE_K
+        if x.plan is not None:  # whole tiles of the plan
+            self.rows, self.columns = (max(x.plan.tile, n // x.plan.tile * x.plan.tile) for n in (self.rows, TILE_K))
         self._planned: tuple[int, Optional[Tensor]] = (-1, None)
         self.seen = None if self.empty else self._seen_keys()
 
@@ -54,27 +54,27 @@ class Problem:
         return ((i, min(i + self.rows, self.Lq)) for i in range(0, self.Lq, self.rows))
 
     def key_range(self, i0: int, i1: int) -> tuple[int, int]:
-        first = 0 if self.lo is None else max(0, i0 + self.lo)
-        last = self.Lk if self.hi is None else min(self.Lk, i1 + self.hi)
-        return min(first, self.Lk), max(last, 0)
+        """Keys the band leaves to queries i0 .. i1 - 1, from the start of a tile of the plan on."""
+        first = 0 if self.lo is None else min(max(0, i0 + self.lo), self.Lk)
+        last = self.Lk if self.hi is None else max(min(self.Lk, i1 + self.hi), 0)
+        return (first if self.x.plan is None else first // self.x.plan.tile * self.x.plan.tile), last
 
     def k_tiles(self, i0: int, i1: int) -> Iterator[tuple[int, int]]:
         first, last = self.key_range(i0, i1)
-        if self.x.plan is not None:
-            first = first // PLAN_TILE * PLAN_TILE
-        step = TILE_K if self.x.plan is None else max(PLAN_TILE, TILE_K // PLAN_TILE * PLAN_TILE)
-        for j in range(first, last, step):
-            end = min(j + step, last)
+        for j in range(first, last, self.columns):
+            end = min(j + self.columns, last)
             if self.x.plan is None or bool((self._tiles(i0, i1, j, end) != -2).any()):
                 yield j, end
 
     def _tiles(self, i0: int, i1: int, j0: int, j1: int) -> Tensor:
         """int32 [B|1, Hq|1, query tiles, key tiles] of the plan; i0 and j0 are multiples of its tile."""
-        assert self.x.plan is not None
-        if self._planned[0] != i0:
-            self._planned = (i0, self.x.plan.tiles(i0 // PLAN_TILE, -(-i1 // PLAN_TILE)))
-        assert self._planned[1] is not None
-        return self._planned[1][..., j0 // PLAN_TILE : -(-j1 // PLAN_TILE)]
+        plan = self.x.plan
+        assert plan is not None
+        first, rows = self._planned
+        if rows is None or first != i0:
+            rows = plan.tiles(i0 // plan.tile, -(-i1 // plan.tile))
+            self._planned = (i0, rows)
+        return rows[..., j0 // plan.tile : -(-j1 // plan.tile)]
 
     def visible(self, i0: int, i1: int, j0: int, j1: int) -> Optional[Tensor]:
         """bool, broadcastable to [B, Hq, i1 - i0, j1 - j0]; None when everything is visible."""

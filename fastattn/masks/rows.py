@@ -197,7 +197,7 @@ def pack(visible: Tensor) -> Words:
 def unpack(words: Tensor, Lk: int) -> Tensor:
     """bool [..., Lk] of words int64 [..., ceil(Lk / 64)]."""
     eighths = words.contiguous().view(torch.uint8)[..., None]
-    bits = (eighths >> torch.arange(8, dtype=torch.uint8)) & 1
+    bits = (eighths >> torch.arange(8, dtype=torch.uint8, device=words.device)) & 1
     return bits.flatten(-2)[..., :Lk].bool()
 
 
