@@ -7,6 +7,8 @@ import functools
 import pytest
 import torch
 
+from fastattn.backends import native
+
 
 def _filled(allocate):
     @functools.wraps(allocate)
@@ -33,6 +35,8 @@ def nan_in_uninitialised_memory():
             (torch.Tensor, "new_empty"),
         ):
             patch.setattr(owner, name, _filled(getattr(owner, name)))
+        if native._C is not None:
+            native._C.poison_scratch(True)
         yield
 
 

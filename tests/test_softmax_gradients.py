@@ -12,6 +12,7 @@ from harness import (
     all_backends,
     all_dtypes,
     attend,
+    check,
     check_inputs,
     check_seeds,
     need,
@@ -211,3 +212,11 @@ def test_no_grad_and_inference_mode_save_nothing(backend, monkeypatch):
         out = fastattn.attention(q, *inputs[1:3], backend=backend)
     assert torch.equal(out, fastattn.attention(q, *inputs[1:3], backend=backend).detach())
     assert with_parts == ([] if backend == "reference" else [False, False, True])
+
+
+@all_backends
+@pytest.mark.parametrize("window", [(None, 23), (0, 27)], ids=str)
+@all_dtypes
+def test_rows_beside_a_tile_that_sees_nothing(window, dtype, backend):
+    """Rows 60 .. 63 share a register tile with row 66, which sees keys, and the first 64 see none: 0 times what is read there."""
+    check(Case(Hq=1, Hk=1, Lq=100, Lk=6, D=8, window=window), dtype, backend)

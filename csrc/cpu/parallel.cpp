@@ -1,6 +1,7 @@
 #include "fastattn/parallel.h"
 
 #include <cstdlib>
+#include <cstring>
 #include <new>
 #include <thread>
 
@@ -23,8 +24,13 @@ void wait_until(const std::atomic<int64_t>& value, int64_t target) {
     }
 }
 
+static std::atomic<bool> poisoned{false};
+
+void poison_scratch(bool on) { poisoned.store(on); }
+
 Scratch::Scratch(int64_t bytes) : data_(std::aligned_alloc(64, static_cast<size_t>((bytes + 127) / 64 * 64))) {
     if (!data_) throw std::bad_alloc();
+    if (poisoned.load(std::memory_order_relaxed)) std::memset(data_, 0xff, static_cast<size_t>(bytes));
 }
 
 Scratch::~Scratch() { std::free(data_); }

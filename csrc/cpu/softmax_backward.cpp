@@ -168,9 +168,7 @@ class Backward {
         // Without dP there is no dS; what is made of these zeros is not read.
         if (!needs_ds_)
             memset(x.dscores_by_key, 0, sizeof(float) * static_cast<size_t>(Sizes::kQueries * sizes_.key_units));
-        if constexpr (Math::kPair == 2) {
-            if (!needs_ds_) memset(x.dweights, 0, sizeof(float) * kStrip * kPanel);
-        }
+        if (Math::kPair == 2 && !needs_ds_) memset(x.dweights, 0, sizeof(float) * kStrip * kPanel);
     }
 
     void query_block(Buffers& x, const Queries& q, int64_t n) const {
@@ -198,12 +196,14 @@ class Backward {
         if (in_turn_) add_in_turn(x, q, n, used, row_sums);
     }
 
-    // Rows of tiles that see nothing of key block n are left out at both ends: no product reads them.
+    // Tiles of rows that see nothing of key block n are left out at both ends, but for their part of a group.
     void pack_queries(Buffers& x, const Queries& q, int64_t n) const {
         int r0 = 0, r1 = q.rows;
         while (r0 + kTile < r1 && !sight_.touches(q.b, q.h, q.i0 + r0, n)) r0 += kTile;
         while (r1 > r0 + kTile && !sight_.touches(q.b, q.h, q.i0 + (r1 - 1) / kTile * kTile, n))
             r1 = (r1 - 1) / kTile * kTile;
+        r0 -= r0 % judged_;
+        r1 = static_cast<int>(least<int64_t>(q.rows, round_up(r1, judged_)));
         const Source rows = query_rows(p_.q, q), drows = query_rows(g_.dout, q);
         const int64_t i0 = q.i0 + r0, count = r1 - r0, at = r0 / Math::kPair;
         pack_rows<Math>(rows, i0, count, p_.D(), 1.0f, x.q + r0 * sizes_.ld_q);

@@ -26,6 +26,8 @@ class Scratch {
     void* data_;
 };
 
+void poison_scratch(bool on);  // for tests: new scratch memory holds NaN
+
 // Runs body() on up to `threads` threads at once; each call claims its own work. body must not throw.
 template <class Body>
 void run_team(int threads, Body&& body) {
