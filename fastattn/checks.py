@@ -43,6 +43,19 @@ def _refuse_type(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """q [B, Hq, Lq, D], k [B, Hk, Lk, D], v [B, Hk, Lk, Dv], one dtype, one device, Hq a multiple of Hk."""
+    dense_floats(q, k, v)
+    same_sizes(q, k, v)
+    Hq, Hk, Hv = q.shape[1], k.shape[1], v.shape[1]
+    if Hk != Hv:
+        raise ValueError(f"k and v must have the same number of heads: {shapes(k=k, v=v)}")
+    if (Hk == 0) != (Hq == 0) or (Hk != 0 and Hq % Hk != 0):
+        raise ValueError(
+            f"the {Hq} heads of q must be a multiple of the {Hk} heads of k and v (grouped queries): {shapes(q=q, k=k)}"
+        )
+
+
+def dense_floats(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Tensors of four dimensions, of one floating dtype, on one device."""
     tensors = isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)
     if not tensors or not (_is_dense(q) and _is_dense(k) and _is_dense(v)):
         _refuse_type(q, k, v)
@@ -54,21 +67,19 @@ def qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise TypeError(f"q, k, v dtype {q.dtype} is not supported; use float32, bfloat16, float16 or float64")
     if q.device != k.device or q.device != v.device:
         raise ValueError(f"q, k and v must be on one device, got q {q.device}, k {k.device}, v {v.device}")
-    B, Hq, _, D = q.shape
-    Bk, Hk, Lk, Dk = k.shape
-    Bv, Hv, Lv, _ = v.shape
+
+
+def same_sizes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """One batch; k and v of one length; q and k of one head dimension."""
+    B, _, _, D = q.shape
+    Bk, _, Lk, Dk = k.shape
+    Bv, _, Lv, _ = v.shape
     if B != Bk or B != Bv:
         raise ValueError(f"batch sizes differ: {shapes(q=q, k=k, v=v)}; expand the smaller one")
-    if Hk != Hv:
-        raise ValueError(f"k and v must have the same number of heads: {shapes(k=k, v=v)}")
     if Lk != Lv:
         raise ValueError(f"k and v must have the same length: {shapes(k=k, v=v)}")
     if D != Dk:
         raise ValueError(f"q and k must have the same head dimension: {shapes(q=q, k=k)}")
-    if (Hk == 0) != (Hq == 0) or (Hk != 0 and Hq % Hk != 0):
-        raise ValueError(
-            f"the {Hq} heads of q must be a multiple of the {Hk} heads of k and v (grouped queries): {shapes(q=q, k=k)}"
-        )
 
 
 def broadcastable(name: str, t: Tensor, target: tuple[int, ...], device: torch.device) -> Tensor:
@@ -135,19 +146,27 @@ def sinks(sinks: Tensor, Hq: int, device: torch.device) -> Tensor:
 
 def cu_seqlens(name: str, starts: Tensor, of: str, L: int) -> Tensor:
     """int64 on the CPU, where masks are built."""
+    sequence_ends(name, starts)
+    starts = starts.detach().to("cpu", torch.int64)
+    rising_ends(name, starts, of, L)
+    return starts
+
+
+def sequence_ends(name: str, starts: Tensor) -> None:
     if not isinstance(starts, Tensor) or starts.dtype not in (torch.int32, torch.int64):
         raise TypeError(
             f"{name} must be an int32 tensor [sequences + 1], got {getattr(starts, 'dtype', type(starts).__name__)}"
         )
     if starts.dim() != 1 or len(starts) < 1:
         raise ValueError(f"{name} must be [sequences + 1], got {list(starts.shape)}")
-    starts = starts.detach().to("cpu", torch.int64)
+
+
+def rising_ends(name: str, starts: Tensor, of: str, L: int) -> None:
     if starts[0] != 0 or starts[-1] != L or (starts.diff() < 0).any():
         raise ValueError(
             f"{name} must rise from 0 to the length of {of}, {L}, got {starts[0].item()} to {starts[-1].item()}"
             + (", falling in between" if (starts.diff() < 0).any() else "")
         )
-    return starts
 
 
 def softcap_value(softcap: Optional[float]) -> float:

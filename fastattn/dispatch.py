@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from .backends import eager, native, reference, triton
-from .params import SoftmaxCall
+from .params import Call
 
 BACKENDS: dict[str, ModuleType] = {"native": native, "triton": triton, "eager": eager, "reference": reference}
 ORDER = {
@@ -26,16 +26,16 @@ def check_name(backend: str) -> None:
         raise ValueError(f'backend must be "auto" or one of {", ".join(map(repr, BACKENDS))}, got {backend!r}')
 
 
-def _order(call: SoftmaxCall) -> tuple[str, ...]:
+def _order(call: Call) -> tuple[str, ...]:
     return ORDER.get(call.x.q.device.type, OTHER_DEVICES)
 
 
-def _by_default(name: str, call: SoftmaxCall) -> list[str]:
+def _by_default(name: str, call: Call) -> list[str]:
     """Reasons not to pick a backend unless it is asked for by name (kernels never run on hardware)."""
     return BACKENDS[name].why_not_by_default(call) if name in OPT_IN else []
 
 
-def select(call: SoftmaxCall, backend: str = "auto") -> str:
+def select(call: Call, backend: str = "auto") -> str:
     """Name of the backend that runs the call. An explicit backend never falls back."""
     if backend == "auto":
         for name in _order(call):
@@ -90,7 +90,7 @@ class Explanation:
     __repr__ = __str__
 
 
-def explain(call: SoftmaxCall, backend: str = "auto") -> Explanation:
+def explain(call: Call, backend: str = "auto") -> Explanation:
     """The table behind `select`: every backend with its reasons, in order."""
     rows = []
     chosen = None
@@ -102,24 +102,4 @@ def explain(call: SoftmaxCall, backend: str = "auto") -> Explanation:
         chosen = name if takes else chosen
         kernel = BACKENDS[name].describe(call) if not BACKENDS[name].why_not(call) else ""
         rows.append(Row(name, takes, reasons, kernel))
-    return Explanation(call.op, _describe(call), tuple(rows))
-
-
-def _describe(call: SoftmaxCall) -> str:
-    x, params, needs_grad = call
-    words = [f"{name} {list(t.shape)}" for name, t in (("q", x.q), ("k", x.k), ("v", x.v))]
-    words += [str(x.q.dtype).removeprefix("torch."), str(x.q.device)]
-    if params.causal != "none":
-        words.append(f"causal {params.causal}")
-    if params.window_left is not None or params.window_right is not None:
-        words.append(f"window ({params.window_left}, {params.window_right})")
-    options = {"bias": x.bias, "alibi_slopes": x.slopes, "sinks": x.sinks, "mask": x.mask}
-    words += [f"{name} {list(t.shape)}" for name, t in options.items() if t is not None]
-    if x.plan is not None:
-        words.append(f"mask plan of {len(x.plan.rows)} runs")
-    if params.softcap:
-        words.append(f"softcap {params.softcap}")
-    if params.dropout_p:
-        words.append(f"dropout {params.dropout_p}")
-    words.append("with gradient" if needs_grad else "no gradient")
-    return ", ".join(words)
+    return Explanation(call.op, str(call), tuple(rows))

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from ..eager.linear import linear_backward, linear_forward, linear_saved_shape, linear_step
 from ..eager.softmax import softmax_backward, softmax_double_backward, softmax_forward
-from ..params import SoftmaxCall
+from ..params import Call
 
-__all__ = ["describe", "softmax_backward", "softmax_double_backward", "softmax_forward", "status", "why_not"]
+__all__ = [
+    "describe",
+    "linear_backward",
+    "linear_forward",
+    "linear_saved_shape",
+    "linear_step",
+    "softmax_backward",
+    "softmax_double_backward",
+    "softmax_forward",
+    "status",
+    "why_not",
+]
 
 
 def status() -> str | None:
     return None
 
 
-def why_not(call: SoftmaxCall) -> list[str]:
+def why_not(call: Call) -> list[str]:
     return []
 
 
-def describe(call: SoftmaxCall) -> str:
-    return "tiled torch, O(L) memory"
+def describe(call: Call) -> str:
+    return "tiled torch, O(L) memory" if call.op == "softmax" else "chunks in torch"

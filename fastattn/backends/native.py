@@ -11,7 +11,7 @@ from ..params import (
     CAUSAL_BOTTOM_RIGHT,
     CAUSAL_NONE,
     CAUSAL_TOP_LEFT,
-    SoftmaxCall,
+    Call,
     SoftmaxParams,
     SoftmaxTensors,
     empty_like_layout,
@@ -37,7 +37,9 @@ def status() -> str | None:
     return _missing
 
 
-def why_not(call: SoftmaxCall) -> list[str]:
+def why_not(call: Call) -> list[str]:
+    if call.op != "softmax":
+        return ["it has no kernel for this op yet"]
     x = call.x
     widest = max(x.q.shape[3], x.v.shape[3])
     if _missing is None and x.q.is_cpu and x.q.dtype in DTYPES and widest <= MAX_HEAD_DIM:
@@ -54,7 +56,7 @@ def why_not(call: SoftmaxCall) -> list[str]:
     return reasons
 
 
-def describe(call: SoftmaxCall) -> str:
+def describe(call: Call) -> str:
     assert _C is not None
     q, k = call.x.q, call.x.k
     few_rows = _C.is_decode(q.shape[2], q.shape[1] // max(k.shape[1], 1), k.shape[2])

@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from ..params import SoftmaxCall, SoftmaxParams, SoftmaxTensors, empty_like_layout
+from ..params import Call, SoftmaxCall, SoftmaxParams, SoftmaxTensors, empty_like_layout
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
@@ -32,7 +32,9 @@ def status() -> str | None:
     return None
 
 
-def why_not(call: SoftmaxCall) -> list[str]:
+def why_not(call: Call) -> list[str]:
+    if call.op != "softmax":
+        return ["it has no kernel for this op yet"]
     reason = status()
     if reason is not None:
         return [reason]
@@ -52,7 +54,7 @@ def why_not(call: SoftmaxCall) -> list[str]:
     return reasons
 
 
-def why_not_by_default(call: SoftmaxCall) -> list[str]:
+def why_not_by_default(call: Call) -> list[str]:
     if _interpreted():
         return ["the interpreter is for testing: ask for it with backend='triton'"]
     if not VERIFIED_ON_HARDWARE:
@@ -60,10 +62,11 @@ def why_not_by_default(call: SoftmaxCall) -> list[str]:
     return []
 
 
-def describe(call: SoftmaxCall) -> str:
+def describe(call: Call) -> str:
     from ..kernels.common.launch import arch_of
     from ..kernels.softmax.config import has_extras, pick_forward
 
+    assert isinstance(call, SoftmaxCall)
     x, params, _ = call
     q, extra = x.q, has_extras(x, params) or params.dropout_p > 0  # `explain` draws no rng
     tile = pick_forward(q.shape[3], x.v.shape[3], q.dtype, arch_of(q), q.shape[2], extra, x.plan is not None)
