@@ -12,12 +12,12 @@ import torch
 
 import fastattn
 
-from . import environment, gpt, mask_building, memory, runner, table
+from . import environment, gpt, lm, mask_building, memory, runner, table
 from .case import Case
 from .cases import all_cases
 
-PRESETS = ("quick", "cpu", "masks", "model", "gpu")
-SECONDS_PER_CASE = {"quick": 1.0, "cpu": 2.0, "masks": 2.0, "model": 0.0, "gpu": 1.0}
+PRESETS = ("quick", "cpu", "masks", "linear", "model", "gpu")
+SECONDS_PER_CASE = {"quick": 1.0, "cpu": 2.0, "masks": 2.0, "linear": 2.0, "model": 0.0, "gpu": 1.0}
 MEMORY_TIMEOUT = 45.0
 
 
@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
         "results": [],
         "memory": None,
         "gpt": [],
+        "lm": None,
         "mask_building": [],
         "interrupted": False,
     }
@@ -92,6 +93,10 @@ def run(args: argparse.Namespace) -> int:
         if args.case is None and args.preset == "masks":
             report["mask_building"] = mask_building.measure()
             table.mask_building(report["mask_building"])
+        if args.case is None and args.preset == "linear":
+            say("\nTraining a language model on real text, softmax attention and gated delta net")
+            report["lm"] = lm.compare(gpt.Config(), say)
+            table.lm(report["lm"])
         if args.case is None and args.preset in ("cpu", "model"):
             for config in gpt.CONFIGS:
                 say(f"\nTraining a GPT on real text, {gpt.precision(config)}")
@@ -118,6 +123,9 @@ def failed(report: dict[str, Any]) -> bool:
     outcomes = (o for result in report["results"] for o in result["implementations"].values())
     wrong = any(outcome["status"] == "wrong" for outcome in outcomes)
     wrong = wrong or (report["memory"] or {}).get("status") == "wrong"
+    language = report["lm"]
+    if language is not None:
+        wrong = wrong or not (language["learned"] and all(w["agree"] for w in language["generated"].values()))
     return wrong or any(not (model["loss_agrees"] and model["generated"]["agree"]) for model in report["gpt"])
 
 

@@ -23,9 +23,10 @@ class Case:
     problem: Any  # shapes and options, in the terms of that module
     dtype: str
     backward: bool = False
+    with_forward: bool = False  # of a backward case: the forward pass is inside the clock as well
     flops: float = 0.0
     bytes: float = 0.0
-    bound: str = "compute"  # or "memory": which peak limits it
+    bound: str = "compute"  # or "memory" (read), "update" (read and written): which peak limits it
     goal: Goal = Goal()
     presets: tuple[str, ...] = ("cpu",)
     device: str = "cpu"
@@ -42,3 +43,4 @@ class Implementation:
     threads: int | None = None  # None: as many as the run has
     peer: bool = False  # someone else's code: whatever it raises means "n/a", not "broken"
     other: bool = False  # a yardstick of time that computes something else: it is not checked
+    timed: Callable[[Any], object] | None = None  # what the clock sees, where the case does not say it

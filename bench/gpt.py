@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Cache = list[tuple[Tensor, Tensor]]
+Cache = tuple[int, list[Any]]  # tokens seen, and what each layer keeps of them
 REPORT_EVERY = 20
 EARLY_STEPS, WINDOW = 10, 20
 # Nats allowed between the curves, by autocast: (any early step, mean of any window later, when rounding is amplified).
@@ -47,45 +47,61 @@ def precision(config: Config) -> str:
     return "bf16 autocast" if config.autocast else "fp32"
 
 
-class Block(nn.Module):
+class SoftmaxAttention(nn.Module):
+    """Causal self-attention with a K/V cache."""
+
     def __init__(self, config: Config):
         super().__init__()
         self.heads = config.heads
-        self.norm_attention, self.norm_mlp = nn.LayerNorm(config.d_model), nn.LayerNorm(config.d_model)
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
         self.project = nn.Linear(config.d_model, config.d_model, bias=False)
-        self.mlp = nn.Sequential(
-            nn.Linear(config.d_model, 4 * config.d_model), nn.GELU(), nn.Linear(4 * config.d_model, config.d_model)
-        )
 
     def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         B, L, _ = x.shape
-        qkv = self.qkv(self.norm_attention(x)).view(B, L, 3, self.heads, -1)
+        qkv = self.qkv(x).view(B, L, 3, self.heads, -1)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # [B, H, L, D]
         if past is not None:
             k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
         a = F.scaled_dot_product_attention(q, k, v, is_causal=past is None)
-        x = x + self.project(a.transpose(1, 2).reshape(B, L, -1))
-        return x + self.mlp(self.norm_mlp(x)), (k, v)
+        return self.project(a.transpose(1, 2).reshape(B, L, -1)), (k, v)
+
+
+Mixer = Callable[[Config], nn.Module]  # of a module whose call takes (x, past or None) and returns (out, past)
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config, mixer: Mixer):
+        super().__init__()
+        self.norm_attention, self.norm_mlp = nn.LayerNorm(config.d_model), nn.LayerNorm(config.d_model)
+        self.attention = mixer(config)
+        self.mlp = nn.Sequential(
+            nn.Linear(config.d_model, 4 * config.d_model), nn.GELU(), nn.Linear(4 * config.d_model, config.d_model)
+        )
+
+    def forward(self, x: Tensor, past: Any) -> tuple[Tensor, Any]:
+        a, past = self.attention(self.norm_attention(x), past)
+        x = x + a
+        return x + self.mlp(self.norm_mlp(x)), past
 
 
 class GPT(nn.Module):
-    def __init__(self, config: Config, vocabulary: int):
+    def __init__(self, config: Config, vocabulary: int, mixer: Mixer = SoftmaxAttention):
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, config.d_model)
         self.positions = nn.Embedding(config.context, config.d_model)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, mixer) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.d_model)
 
     def forward(self, ids: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
-        """Logits and the K/V cache to pass on; with a cache, `ids` is the one token that follows it."""
-        start = cache[0][0].shape[2] if cache else 0
-        x = self.tokens(ids) + self.positions(torch.arange(start, start + ids.shape[1]))
-        kept: Cache = []
-        for i, block in enumerate(self.blocks):
-            x, keys_values = block(x, cache[i] if cache else None)
-            kept.append(keys_values)
-        return F.linear(self.norm(x), self.tokens.weight), kept
+        """Logits and the cache to pass on; with a cache, `ids` is the one token that follows it."""
+        start, past = cache or (0, [None] * len(self.blocks))
+        end = start + ids.shape[1]
+        x = self.tokens(ids) + self.positions(torch.arange(start, end))
+        kept = []
+        for block, seen in zip(self.blocks, past):
+            x, seen = block(x, seen)
+            kept.append(seen)
+        return F.linear(self.norm(x), self.tokens.weight), (end, kept)
 
 
 def real_text() -> str:
@@ -113,10 +129,13 @@ def batches(data: Tensor, config: Config) -> Iterator[tuple[Tensor, Tensor]]:
 class Trainer:
     """One training run that can be advanced a few steps at a time."""
 
-    def __init__(self, data: Tensor, vocabulary: int, config: Config, attention: Callable[[], AbstractContextManager]):
+    def __init__(
+        self, data: Tensor, vocabulary: int, config: Config, attention: Callable[[], AbstractContextManager],
+        mixer: Mixer = SoftmaxAttention,
+    ):  # fmt: skip
         torch.manual_seed(config.seed)
         self.config, self.attention = config, attention
-        self.model = GPT(config, vocabulary)
+        self.model = GPT(config, vocabulary, mixer)
         for parameter in self.model.parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -144,7 +163,7 @@ class Trainer:
 
 @torch.no_grad()
 def generate(model: GPT, prompt: Tensor, count: int) -> tuple[list[int], float]:
-    """Greedy continuation with a KV cache, and tokens per second."""
+    """Greedy continuation with a cache, and tokens per second."""
     start = perf_counter()
     logits, cache = model(prompt[None])
     ids: list[int] = []
@@ -169,6 +188,22 @@ def difference(a: list[float], b: list[float], autocast: bool) -> dict[str, Any]
     }
 
 
+def train(runs: dict[str, Trainer], data: Tensor, config: Config, progress: Callable[[str], None]) -> list[int]:
+    """All runs to the end, in alternating chunks; the steps whose losses a report shows."""
+    for run in runs.values():  # both start warm; the weights do not move
+        ids, targets = next(batches(data, config))
+        with run.attention():
+            F.cross_entropy(run.model(ids)[0].flatten(0, 1), targets.flatten()).backward()
+    for done in range(0, config.steps, config.chunk):
+        step = min(done + config.chunk, config.steps)
+        for name in list(runs) if done // config.chunk % 2 == 0 else list(runs)[::-1]:
+            runs[name].advance(step - done)
+        if step % REPORT_EVERY == 0 or step == config.steps:
+            losses = "  ".join(f"{name} {run.losses[-1]:.4f}" for name, run in runs.items())
+            progress(f"  step {step:4d}  loss: {losses}")
+    return [s for s in range(1, config.steps + 1) if s in (1, config.steps) or s % REPORT_EVERY == 0]
+
+
 def compare(config: Config, attention: Callable[[], AbstractContextManager], progress=print) -> dict[str, Any]:
     """Train twice in alternating chunks, then generate from the same weights with both; the report as plain data."""
     data, alphabet = encode(real_text())
@@ -176,18 +211,7 @@ def compare(config: Config, attention: Callable[[], AbstractContextManager], pro
         "torch": Trainer(data, len(alphabet), config, nullcontext),
         "fastattn": Trainer(data, len(alphabet), config, attention),
     }
-    for run in runs.values():  # both start warm; the weights do not move
-        ids, targets = next(batches(data, config))
-        with run.attention():
-            F.cross_entropy(run.model(ids)[0].flatten(0, 1), targets.flatten()).backward()
-    for done in range(0, config.steps, config.chunk):
-        for name in list(runs) if done // config.chunk % 2 == 0 else list(runs)[::-1]:
-            runs[name].advance(min(config.chunk, config.steps - done))
-        step = len(runs["torch"].losses)
-        if step % REPORT_EVERY == 0 or step == config.steps:
-            losses = "  ".join(f"{name} {run.losses[-1]:.4f}" for name, run in runs.items())
-            progress(f"  step {step:4d}  loss: {losses}")
-    steps = [s for s in range(1, config.steps + 1) if s in (1, config.steps) or s % REPORT_EVERY == 0]
+    steps = train(runs, data, config, progress)
     tokens = config.batch * config.context * config.steps
     curves = runs["torch"].losses, runs["fastattn"].losses
 

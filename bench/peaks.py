@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from fastattn.testing.timing import interleave
+
 READ_BYTES = 256 << 20
 WINDOW_SECONDS = 0.3
 
@@ -40,10 +42,19 @@ def measure(device: str, threads: int) -> Peaks:
     return _cuda() if device == "cuda" else _cpu(threads)
 
 
-def read_bandwidth(threads: int) -> float | None:
+def bandwidth(bound: str, threads: int) -> float | None:
     """GB/s now: it moves with what the neighbours of a shared machine do, so rows bound by memory ask again."""
+    if bound == "update":
+        return update_bandwidth()
     native = native_library()
     return None if native is None else native.read_bandwidth(threads, READ_BYTES)
+
+
+def update_bandwidth() -> float:
+    """GB/s read plus written by torch's own negation in place, on torch's threads."""
+    numbers = torch.ones(READ_BYTES // 4)
+    samples = interleave({"update": lambda: numbers.neg_()}, budget=WINDOW_SECONDS)
+    return 2e-9 * READ_BYTES / samples["update"].quantile(0.2)
 
 
 def native_library() -> Any:
@@ -66,8 +77,6 @@ def _cpu(threads: int) -> Peaks:
 
 def _cuda() -> Peaks:
     """bf16 matmul and device copy: what a kernel can be expected to reach, not the data sheet."""
-    from fastattn.testing.timing import interleave
-
     n, size = 8192, 2 << 30
     a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     source, target = (torch.empty(size, dtype=torch.int8, device="cuda") for _ in range(2))

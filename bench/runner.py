@@ -67,7 +67,7 @@ class Result:
         """GFLOP/s, or GB/s where memory is the bound."""
         if outcome.samples is None:
             return None
-        work = self.case.bytes if self.case.bound == "memory" else self.case.flops
+        work = self.case.flops if self.case.bound == "compute" else self.case.bytes
         return work / outcome.samples.median * 1e-9
 
     def of_peak(self, outcome: Outcome) -> float | None:
@@ -178,7 +178,10 @@ def measure(
     turn = count()
 
     def timed(implementation: Implementation) -> Callable[[], object]:
-        run = _backward(case, implementation, copies[0]) if case.backward else _forward(implementation, copies, turn)
+        if case.backward and implementation.timed is None:
+            run = _backward(case, implementation, copies[0])
+        else:
+            run = _forward(implementation, copies, turn)
         if implementation.threads is None:
             return run
 
@@ -194,16 +197,18 @@ def measure(
 
 
 def _forward(implementation: Implementation, copies: list[Any], turn: Iterator[int]) -> Callable[[], object]:
-    call = implementation.call
+    call = implementation.timed or implementation.call
     if len(copies) == 1:
         return lambda: call(copies[0])
     return lambda: call(copies[next(turn) % len(copies)])
 
 
 def _backward(case: Case, implementation: Implementation, inputs: Any) -> Callable[[], object]:
+    leaves = tuple(OPS[case.op].leaves(inputs).values())
+    if case.with_forward:
+        return lambda: torch.autograd.grad(implementation.call(inputs), leaves, inputs.dout)
     with _threads(implementation.threads):
         out = implementation.call(inputs)
-    leaves = tuple(OPS[case.op].leaves(inputs).values())
     return lambda: torch.autograd.grad(out, leaves, inputs.dout, retain_graph=True)
 
 
@@ -233,10 +238,10 @@ def time_all(
     for i, result in enumerate(results, 1):
         case = result.case
         # Only what is next to it in time says what the memory of a shared machine could have given.
-        reads = case.bound == "memory" and device == "cpu"
-        found = [peaks.read_bandwidth(threads)] if reads else []
+        moves = case.bound != "compute" and device == "cpu"
+        found = [peaks.bandwidth(case.bound, threads)] if moves else []
         _time(result, backend, rounds, budget)
-        found += [peaks.read_bandwidth(threads)] if reads else []
+        found += [peaks.bandwidth(case.bound, threads)] if moves else []
         result.roof = max((rate for rate in found if rate is not None), default=None)
         times = "  ".join(f"{n} {o.samples.median * 1e3:.3f} ms" for n, o in result.outcomes.items() if o.samples)
         ratios = result.ratio()
@@ -274,14 +279,18 @@ def as_json(result: Result) -> dict[str, Any]:
     return {
         "case": case.name,
         "op": case.op,
-        "direction": "backward" if case.backward else "forward",
+        "direction": "forward" + "+backward" * case.backward
+        if case.with_forward
+        else "backward"
+        if case.backward
+        else "forward",
         "dtype": case.dtype,
         "device": case.device,
         **case.details,
         "flops": case.flops,
         "bytes": case.bytes,
         "bound": case.bound,
-        "unit": "GB/s" if case.bound == "memory" else "GFLOP/s",
+        "unit": "GFLOP/s" if case.bound == "compute" else "GB/s",
         "goal": asdict(case.goal),
         "baseline": result.baseline,
         "roof": result.roof,

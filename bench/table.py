@@ -196,3 +196,30 @@ def gpt(report: dict[str, Any]) -> None:
         f"  {written['tokens']} greedy tokens are {tokens}: {written['text']!r}",
     ]
     print("\n".join(lines))
+
+
+def lm(report: dict[str, Any]) -> None:
+    config, loss, held_out = report["config"], report["loss"], report["held_out_loss"]
+    rows: list[list[Cell]] = []
+    for name, parameters in report["parameters"].items():
+        written = report["generated"][name]
+        cells = [
+            name,
+            f"{parameters / 1e6:.2f} M",
+            f"{loss[name][0]:.4f} -> {loss[name][-1]:.4f}",
+            f"{held_out[name]:.4f}",
+            f"{report['tokens_per_second'][name]:.0f}",
+            f"{written['tokens_per_second']:.0f}",
+            f"{written['cache_bytes'] / 2**10:.0f}",
+            "the same" if written["agree"] else "DIFFERENT",
+        ]
+        rows.append([(cell, "") for cell in cells])
+    header = "mixer|parameters|training loss|held-out loss|trained tokens/s|written tokens/s|cache KiB|from cache and full pass"
+    title = (
+        f"A language model on real text, {report['precision']}: {config['steps']} steps, context {config['context']}"
+    )
+    show(title, header.split("|"), rows)
+    state = "both learned" if report["learned"] else "NOT LEARNED"
+    print(f"  {state}; held-out loss of character frequencies alone: {held_out['character frequencies']:.4f}")
+    for name, written in report["generated"].items():
+        print(f"  {name}: {written['text']!r}")

@@ -47,9 +47,7 @@ def figures(report: dict) -> str:
         "",
         speed_table(report),
     ]
-    warnings = env.get("warnings") or []
-    if warnings:
-        parts += ["", "Warnings of that run: " + "; ".join(warnings) + "."]
+    parts += warnings_of(report)
     for run in report.get("gpt") or []:
         speed, written = run["tokens_per_second"], run["generated"]
         parts += [
@@ -69,25 +67,56 @@ def figures(report: dict) -> str:
     return "\n".join(parts)
 
 
-def mask_figures(report: dict) -> str:
-    lines = ["| case | against | its ms | fastattn ms | ratio | goal | |", "|" + "---|" * 7]
+def against_table(report: dict, with_peak: bool) -> list[str]:
+    """One row per case, whose baseline is named."""
     marks = {True: "met", False: "missed", None: ""}
+    header = "| case | against | its ms | fastattn ms | ratio | goal | |" + " of peak | goal | |" * with_peak
+    lines = [header, "|" + "---|" * (header.count("|") - 1)]
     for row in report["results"]:
         base, ours = (row["implementations"][name] for name in (row["baseline"], "fastattn"))
         times = ["n/a" if one.get("ms") is None else f"{one['ms']['median']:.3g}" for one in (base, ours)]
         speedup = f"{row['ratio']['median']:.2f}x" if row.get("ratio") else base["reason"] or ours["reason"]
         cells = [row["case"], row["baseline"], *times, speedup, goal_text(row["goal"]), marks[row["ratio_met"]]]
+        if with_peak:
+            wanted, share = row["goal"]["of_peak"], ours.get("of_peak")
+            cells += ["" if share is None else f"{share:.0%}", "" if wanted is None else f"{wanted:.0%}"]
+            cells.append(marks[row["peak_met"]])
         lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def warnings_of(report: dict) -> list[str]:
+    warnings = report["environment"].get("warnings") or []
+    return ["", "Warnings of that run: " + "; ".join(warnings) + "."] if warnings else []
+
+
+def linear_figures(report: dict) -> str:
+    return "\n".join(against_table(report, True) + language_figures(report) + warnings_of(report))
+
+
+def language_figures(report: dict) -> list[str]:
+    """One sentence on each mixer of the language model."""
+    run = report.get("lm")
+    if run is None:
+        return []
+    found = "; ".join(
+        f"{name} ({size / 1e6:.2f} M parameters) held-out loss {run['held_out_loss'][name]:.3f}, trained at "
+        f"{run['tokens_per_second'][name]:.0f} tokens/s, cache {run['generated'][name]['cache_bytes'] / 2**10:.0f} KiB"
+        for name, size in run["parameters"].items()
+    )
+    config = run["config"]
+    return ["", f"Language model, {run['precision']}, {config['steps']} steps, context {config['context']}: {found}."]
+
+
+def mask_figures(report: dict) -> str:
+    lines = against_table(report, False)
     lines += ["", "Building causal & documents & window(4096), 100 documents, one thread:", ""]
     lines += ["| tokens | fastattn ms | create_block_mask ms | plan MiB |", "|" + "---|" * 4]
     for entry in report["mask_building"]:
         ms = entry["ms"]
         flex = f"{ms['flex']:.0f}" if "flex" in ms else ""
         lines.append(f"| {entry['length']} | {ms['fastattn']:.2f} | {flex} | {entry['plan_bytes'] / 2**20:.2f} |")
-    warnings = report["environment"].get("warnings") or []
-    if warnings:
-        lines += ["", "Warnings of that run: " + "; ".join(warnings) + "."]
-    return "\n".join(lines)
+    return "\n".join(lines + warnings_of(report))
 
 
 def replaced(text: str, name: str, content: str) -> str:
@@ -98,8 +127,10 @@ def replaced(text: str, name: str, content: str) -> str:
 
 
 def generated() -> str:
-    text = replaced(README.read_text(), "support", matrix())
+    text = replaced(README.read_text(), "support", matrix("softmax"))
+    text = replaced(text, "linear support", matrix("linear"))
     text = replaced(text, "speed", figures(json.loads((RESULTS / "cpu.json").read_text())))
+    text = replaced(text, "linear", linear_figures(json.loads((RESULTS / "linear.json").read_text())))
     return replaced(text, "masks", mask_figures(json.loads((RESULTS / "masks.json").read_text())))
 
 

@@ -48,6 +48,37 @@ def softmax_backward(
     threads: int,
     /,
 ) -> None: ...
+def linear_forward(
+    tensors: tuple,
+    out: Tensor,
+    kv: Tensor,
+    z: Tensor | None,
+    saved: Tensor | None,
+    feature_map: str,
+    causal: bool,
+    normalize: bool,
+    scale: float,
+    threads: int,
+    /,
+) -> None: ...
+def linear_backward(
+    dout: Tensor,
+    dkv: Tensor | None,
+    dz: Tensor | None,
+    tensors: tuple,
+    out: Tensor,
+    saved: Tensor | None,
+    gradients: tuple[Tensor | None, ...],
+    feature_map: str,
+    causal: bool,
+    normalize: bool,
+    scale: float,
+    threads: int,
+    /,
+) -> None: ...
+def linear_step(
+    tensors: tuple, out: Tensor, feature_map: str, normalize: bool, scale: float, threads: int, /
+) -> None: ...
 def peak_fma(threads: int, seconds: float) -> float: ...
 def peak_bf16_dot(threads: int, seconds: float) -> float: ...
 def read_bandwidth(threads: int, bytes: int) -> float: ...

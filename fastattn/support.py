@@ -1,4 +1,4 @@
-"""Which backend takes what, asked of the backends themselves: `python -m fastattn.support` prints the table of the README."""
+"""Which backend takes what, asked of the backends themselves: `python -m fastattn.support` prints the tables of the README."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 
 from . import masks
 from .dispatch import BACKENDS
-from .params import SoftmaxCall, SoftmaxParams, SoftmaxTensors
+from .params import Call, LinearCall, LinearParams, LinearTensors, SoftmaxCall, SoftmaxParams, SoftmaxTensors
 
 COLUMNS = ("native", "triton", "eager", "reference")
 
 
-def _calls() -> list[tuple[str, SoftmaxCall]]:
+def _softmax_calls() -> list[tuple[str, Call]]:
     def call(dtype=torch.float32, D=64, Dv=64, Hq=2, Hk=2, Lq=8, Lk=8, grad=False, tensors=None, **options):
         q, k, v = torch.empty(1, Hq, Lq, D), torch.empty(1, Hk, Lk, D), torch.empty(1, Hk, Lk, Dv)
         params = SoftmaxParams(D**-0.5, **options)
@@ -43,13 +43,54 @@ def _calls() -> list[tuple[str, SoftmaxCall]]:
     ]
 
 
-def matrix() -> str:
+def _linear_calls() -> list[tuple[str, Call]]:
+    def call(dtype=torch.float32, B=1, heads=(2, 2, 2), L=8, Lk=None, D=16, fm="elu1", causal=True, grad=False, **more):
+        step, tensors = more.pop("step", False), dict(more)
+        lengths = (L, Lk or L, Lk or L)
+        q, k, v = (torch.empty(B, h, n, D, dtype=dtype) for h, n in zip(heads, lengths))
+        x = LinearTensors(q, k, v, **tensors)
+        return LinearCall(x, LinearParams(fm, causal, fm != "identity", 1.0), grad, step)
+
+    token, channel = -torch.ones(1, 2, 8), -torch.ones(1, 2, 8, 16)
+    state = {"kv": torch.zeros(1, 2, 16, 16), "z": torch.zeros(1, 2, 16)}
+    one = {"decay": token[:, :, :1], "beta": -token[:, :, :1], "kv": state["kv"]}
+    sequences = torch.tensor([0, 3, 8], dtype=torch.int32)
+    return [
+        ("float32", call(grad=True)),
+        ("bfloat16", call(torch.bfloat16, grad=True)),
+        ("float16", call(torch.float16, grad=True)),
+        ("float64", call(torch.float64, grad=True)),
+        ("causal: identity, relu, elu1, normalised or not", call(fm="relu", grad=True)),
+        ("taylor1", call(fm="taylor1", grad=True)),
+        ("taylor2", call(fm="taylor2", grad=True)),
+        ("decay per head or token, with gradient", call(fm="identity", decay=token, grad=True)),
+        ("decay per channel, with gradient", call(fm="identity", decay=channel, grad=True)),
+        ("delta rule", call(fm="identity", beta=-token, grad=True)),
+        ("delta rule with decay per head or token", call(fm="identity", beta=-token, decay=token, grad=True)),
+        ("delta rule with decay per channel", call(fm="identity", beta=-token, decay=channel, grad=True)),
+        ("initial and final state, with gradients", call(**state, grad=True)),
+        (
+            "not causal, key_mask, Lq other than Lk",
+            call(causal=False, Lk=9, key_mask=torch.ones(1, 9, dtype=torch.bool)),
+        ),
+        ("packed sequences", call(cu_seqlens=sequences, grad=True)),
+        ("shared heads of q, k or v", call(heads=(4, 1, 2), grad=True)),
+        ("head dimension 256", call(D=256, grad=True)),
+        ("one step in place", call(L=1, step=True, **state)),
+        ("one step of the gated delta rule", call(L=1, fm="identity", step=True, **one)),
+    ]
+
+
+CALLS = {"softmax": _softmax_calls, "linear": _linear_calls}
+
+
+def matrix(op: str) -> str:
     """Markdown table of `why_not` answers; Triton is asked in its interpreter, so that no GPU is needed."""
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     try:
         lines = ["| | " + " | ".join(COLUMNS) + " |", "|---|" + "---|" * len(COLUMNS)]
-        for name, call in _calls():
+        for name, call in CALLS[op]():
             answers = ["no" if BACKENDS[backend].why_not(call) else "yes" for backend in COLUMNS]
             lines.append(f"| {name} | " + " | ".join(answers) + " |")
         return "\n".join(lines)
@@ -61,4 +102,5 @@ def matrix() -> str:
 
 
 if __name__ == "__main__":
-    print(matrix())
+    for op in CALLS:
+        print(f"{op} attention\n\n{matrix(op)}\n")

@@ -71,7 +71,30 @@ def main():
             assert not any(g.isnan().any() for g in grads), case
             del q, k, v, bias, slopes, sinks, leaves, out, lse, grads, upstream
             release()
-    print("done")
+
+
+def linear():
+    import fastattn
+
+    maps = ("identity", "relu", "elu1", "taylor1", "taylor2")
+    cases = itertools.product((torch.float32, torch.bfloat16, torch.float16), (1, 5, 33, 70), (1, 3, 8, 20, 33))
+    for n, (dtype, L, D) in enumerate(cases):
+        feature_map, Dv = maps[n % 5], (D * 7) % 29 + 1
+        causal = n % 2 == 0
+        shapes = (1, 2, L, D), (1, 1, L, D), (1, 2, L, Dv)
+        shapes += ((1, 2, L, D) if n % 5 < 3 and n % 4 == 0 else (1, 2, L),) * causal
+        for at_end in (True, False):
+            q, k, v, *decay = leaves = [guarded(-torch.rand(s).to(dtype), at_end).requires_grad_() for s in shapes]
+            decay = decay[0] if causal else None
+            mask = None if causal else guarded(torch.rand(1, L) > 0.3, at_end)
+            out = fastattn.linear_attention(
+                q, k, v, feature_map=feature_map, causal=causal, decay=decay, key_mask=mask, backend="native"
+            )
+            torch.autograd.grad(out, leaves, guarded(torch.rand(out.shape).to(dtype), at_end))
+            del q, k, v, decay, leaves, mask, out
+            release()
 
 
 main()
+linear()
+print("done")

@@ -14,7 +14,7 @@ import torch
 
 import fastattn
 from fastattn.bench import __main__ as cli
-from fastattn.bench import environment, gpt, memory, runner, table
+from fastattn.bench import environment, gpt, lm, memory, runner, table
 from fastattn.bench.case import Goal, Implementation
 from fastattn.bench.cases import all_cases, softmax
 from fastattn.testing.inputs import Case as Problem
@@ -309,7 +309,26 @@ def test_gpt_notices_a_wrong_attention(monkeypatch):
 
     config = gpt.Config(layers=1, heads=2, d_model=32, context=64, batch=4, steps=10, chunk=5, generate=8)
     report = gpt.compare(config, broken, lambda line: None)
-    assert cli.failed({"results": [], "memory": None, "gpt": [report]})
+    assert cli.failed({"results": [], "memory": None, "lm": None, "gpt": [report]})
+
+
+def test_language_models_learn_with_both_mixers_and_write_from_their_caches():
+    config = gpt.Config(layers=1, heads=4, d_model=32, context=64, batch=8, steps=60, chunk=20, warmup=5, generate=8)
+    lines = []
+    report = lm.compare(config, lines.append)
+    assert len(lines) == 3 and report["loss"]["step"] == [1, 20, 40, 60]
+    assert report["learned"] and max(report["held_out_loss"].values()) < report["loss"]["softmax"][0]
+    softmax_size, delta_size = report["parameters"].values()
+    assert abs(delta_size / softmax_size - 1) < 0.05
+    for written in report["generated"].values():
+        assert written["agree"] and len(written["text"]) == 8
+    assert report["generated"]["softmax"]["cache_bytes"] == 2 * 24 * 32 * 4
+    assert json.loads(json.dumps(report)) == report
+    table.lm(report)
+    empty = {"results": [], "memory": None, "gpt": []}
+    assert not cli.failed(empty | {"lm": report}) and cli.failed(empty | {"lm": report | {"learned": False}})
+    report["generated"]["softmax"]["agree"] = False
+    assert cli.failed(empty | {"lm": report})
 
 
 def test_memory_of_a_long_call_is_measured_in_its_own_process():

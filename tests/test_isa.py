@@ -13,7 +13,8 @@ ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
 COMPACT = (
     "test_options_combined or test_every_option or test_head_dims or test_few_queries or test_bits_are or test_rows_that "
     "or test_first_tiles or test_native_takes or test_equal_logits or test_ties or test_backward_has "
-    "or test_extra_with or test_softcap or test_huge_sinks"
+    "or test_extra_with or test_softcap or test_huge_sinks "
+    "or test_every_lane or test_every_feature_map or test_gradients_under_a_fast"
 )
 FILES = (
     "test_softmax.py",
@@ -21,6 +22,7 @@ FILES = (
     "test_softmax_numerics.py",
     "test_softmax_dropout.py",
     "test_softmax_extras.py",
+    "test_linear_native.py",
 )
 
 
@@ -64,7 +66,7 @@ def test_unknown_isa_is_refused():
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_native_suite(isa):
-    """The native half of the softmax tests; the ISA this CPU picks by itself has had all of it already."""
+    """The native half of the tests; the ISA this CPU picks by itself has had all of it already."""
     missing = _supported(isa)
     if missing:
         pytest.skip(f"this CPU lacks {', '.join(missing)}")

@@ -16,10 +16,9 @@ SHARED_LIMIT = {80: 166912, 86: 101376, 90: 232448, 100: 232448}
 PROCESSES = 2
 
 
-@pytest.fixture(scope="module")
-def rows() -> list[dict]:
-    """Every shipped configuration, compiled in fresh processes: here the kernels may be bound to the interpreter."""
-    script = Path(__file__).with_name("triton_offline.py")
+def compiled(script_name: str) -> list[dict]:
+    """Rows of a script that compiles, run in fresh processes: here the kernels may be bound to the interpreter."""
+    script = Path(__file__).with_name(script_name)
     environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     running = [
         subprocess.Popen(
@@ -34,6 +33,12 @@ def rows() -> list[dict]:
         assert process.returncode == 0, error[-4000:]
         found += [json.loads(line) for line in out.splitlines()]
     return found
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    """Every shipped configuration."""
+    return compiled("triton_offline.py")
 
 
 def select(rows: list[dict], **wanted) -> list[dict]:

@@ -166,25 +166,25 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return tuple(int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))  # type: ignore[index, return-value]
 
 
+def compiled_row(launch: Launch, arch: int) -> dict:
+    """What came out of compiling one launch."""
+    compiled = compile_launch(launch, arch)
+    registers, stack = resources(compiled.asm["cubin"])
+    ptx = compiled.asm["ptx"]
+    return {
+        "kernel": launch.kernel.__name__.removesuffix("_kernel"),
+        "tile": [launch.options.get(name) for name in ("BM", "BN", "num_warps", "num_stages")],
+        "registers": registers,
+        "spills": stack,
+        "shared": compiled.metadata.shared,
+        "wgmma": "wgmma.mma_async" in ptx,
+        "tcgen05": "tcgen05.mma" in ptx,
+        "tf32": "tf32" in ptx,
+    }
+
+
 def report(case: Case) -> list[dict]:
-    rows = []
-    for launch in launches(case):
-        compiled = compile_launch(launch, case.arch)
-        registers, stack = resources(compiled.asm["cubin"])
-        ptx = compiled.asm["ptx"]
-        rows.append(
-            {
-                "kernel": launch.kernel.__name__.removesuffix("_kernel"),
-                "tile": [launch.options.get(name) for name in ("BM", "BN", "num_warps", "num_stages")],
-                "registers": registers,
-                "spills": stack,
-                "shared": compiled.metadata.shared,
-                "wgmma": "wgmma.mma_async" in ptx,
-                "tcgen05": "tcgen05.mma" in ptx,
-                "tf32": "tf32" in ptx,
-            }
-        )
-    return rows
+    return [compiled_row(launch, case.arch) for launch in launches(case)]
 
 
 def main() -> None:

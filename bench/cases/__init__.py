@@ -5,9 +5,9 @@ from __future__ import annotations
 from types import ModuleType
 
 from ..case import Case
-from . import masks, softmax
+from . import linear, masks, softmax
 
-OPS: dict[str, ModuleType] = {"softmax": softmax, "masks": masks}
+OPS: dict[str, ModuleType] = {"softmax": softmax, "masks": masks, "linear": linear}
 
 
 def all_cases() -> list[Case]:

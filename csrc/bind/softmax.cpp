@@ -13,65 +13,10 @@ namespace {
 
 constexpr int64_t kLargestHead = 512;
 
-std::string text(const TensorView& t) {
-    std::string s = "[";
-    for (int i = 0; i < 4; ++i) s += (i ? ", " : "") + std::to_string(t.size[i]);
-    return s + "]";
-}
-
-void expect(const TensorView& t, const char* name, const int64_t (&sizes)[4], bool broadcast = false) {
-    for (int i = 0; i < 4; ++i) {
-        if (t.size[i] != sizes[i] && !(broadcast && t.size[i] == 1)) {
-            TensorView wanted;
-            for (int d = 0; d < 4; ++d) wanted.size[d] = sizes[d];
-            refuse(std::string(name) + " has shape " + text(t) + ", expected " + (broadcast ? "to broadcast to " : "") +
-                   text(wanted));
-        }
-    }
-}
-
 int64_t bound(py::handle value, int64_t missing) {
     if (value.is_none()) return missing;
     const int64_t x = value.cast<int64_t>();
     return x > kUnbounded ? kUnbounded : x < -kUnbounded ? -kUnbounded : x;
-}
-
-bool is_empty(const TensorView& t) { return !t.size[0] || !t.size[1] || !t.size[2] || !t.size[3]; }
-
-void refuse_unless_contiguous(const TensorView& t, const char* name) {
-    int64_t dense = 1;
-    for (int i = 3; i >= 0 && !is_empty(t); dense *= t.size[i--]) {
-        if (t.size[i] > 1 && t.stride[i] != dense) refuse(std::string(name) + " must be contiguous");
-    }
-}
-
-// First byte past the last element.
-const char* end_of(const TensorView& t) {
-    int64_t last = 0;
-    for (int i = 0; i < 4; ++i) last += (t.size[i] - 1) * t.stride[i];
-    return t.data + (last + 1) * element_size(t.dtype);
-}
-
-// A tensor that is written must have one place for each element, and share none with what is read or written beside it.
-void refuse_overlap(const TensorView& t, const char* name, std::initializer_list<const TensorView*> others) {
-    if (!t || is_empty(t)) return;
-    for (int i = 0; i < 4; ++i) {
-        if (t.size[i] > 1 && t.stride[i] == 0) refuse(std::string(name) + " is expanded: its elements share memory");
-    }
-    for (const TensorView* other : others) {
-        if (*other && !is_empty(*other) && t.data < end_of(*other) && other->data < end_of(t)) {
-            refuse(std::string(name) + " shares memory with another tensor of the call");
-        }
-    }
-}
-
-// The values of a dense float32 tensor; null stays null.
-float* floats(const TensorView& t, const char* name, const int64_t (&sizes)[4]) {
-    if (!t) return nullptr;
-    expect(t, name, sizes);
-    if (t.dtype != DType::kFloat32) refuse(std::string(name) + " must be float32");
-    refuse_unless_contiguous(t, name);
-    return reinterpret_cast<float*>(t.data);
 }
 
 // Of q, k, v and out.

@@ -2,6 +2,7 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <initializer_list>
 #include <string>
 
 #include "fastattn/params.h"
@@ -16,5 +17,18 @@ TensorView view_of(pybind11::handle tensor, const char* name, int dims, bool opt
 TensorView view_as(pybind11::handle tensor, const char* name, int dims, DType dtype);
 
 [[noreturn]] inline void refuse(const std::string& why) { throw pybind11::value_error(why); }
+
+std::string text(const TensorView& t);  // its shape
+
+// Refuses other sizes; `broadcast` lets any of them be 1.
+void expect(const TensorView& t, const char* name, const int64_t (&sizes)[4], bool broadcast = false);
+
+void refuse_unless_contiguous(const TensorView& t, const char* name);
+
+// A tensor that is written must have one place for each element, and share none with what is read or written beside it.
+void refuse_overlap(const TensorView& t, const char* name, std::initializer_list<const TensorView*> others);
+
+// The values of a dense float32 tensor; null stays null.
+float* floats(const TensorView& t, const char* name, const int64_t (&sizes)[4]);
 
 }  // namespace fastattn

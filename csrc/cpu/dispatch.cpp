@@ -5,6 +5,7 @@
 #include <string>
 
 #include "fastattn/isa.h"
+#include "fastattn/linear.h"
 #include "fastattn/softmax.h"
 
 namespace fastattn {
@@ -63,6 +64,43 @@ void softmax_forward(const SoftmaxParams& p) {
 void softmax_backward(const SoftmaxParams& p, const SoftmaxGradients& g) {
     switch (current_isa()) {
         FASTATTN_FOR_EACH_ISA(FASTATTN_CASE_BACKWARD)
+        default:
+            return;
+    }
+}
+
+#define FASTATTN_CASE_LINEAR_FORWARD(isa) \
+    case Isa::isa:                        \
+        return isa::linear_forward(p);
+#define FASTATTN_CASE_LINEAR_BACKWARD(isa) \
+    case Isa::isa:                         \
+        return isa::linear_backward(p, g);
+#define FASTATTN_CASE_LINEAR_STEP(isa) \
+    case Isa::isa:                     \
+        return isa::linear_step(p);
+
+void linear_forward(const LinearParams& p) {
+    if (p.sequences == 0 || p.H() == 0) return;
+    switch (current_isa()) {
+        FASTATTN_FOR_EACH_ISA(FASTATTN_CASE_LINEAR_FORWARD)
+        default:
+            return;
+    }
+}
+
+void linear_backward(const LinearParams& p, const LinearGradients& g) {
+    if (p.sequences == 0 || p.H() == 0) return;
+    switch (current_isa()) {
+        FASTATTN_FOR_EACH_ISA(FASTATTN_CASE_LINEAR_BACKWARD)
+        default:
+            return;
+    }
+}
+
+void linear_step(const LinearParams& p) {
+    if (p.sequences == 0 || p.H() == 0) return;
+    switch (current_isa()) {
+        FASTATTN_FOR_EACH_ISA(FASTATTN_CASE_LINEAR_STEP)
         default:
             return;
     }

@@ -18,9 +18,14 @@ struct Source {
         return r >= first && r < last && (!seen || (seen[(r >> 6) - seen_from] >> (r & 63) & 1));
     }
     bool all_visible(int64_t r, int64_t n) const {
-        bool all = r >= first && r + n <= last;
-        for (int64_t i = 0; seen && all && i < n; ++i) all = visible(r + i);
-        return all;
+        if (r < first || r + n > last) return false;
+        for (const int64_t end = r + n; seen && r < end;) {
+            const int64_t next = least(end, (r | 63) + 1);
+            const uint64_t bits = ~uint64_t{0} >> (64 - (next - r)) << (r & 63);
+            if (bits & ~seen[(r >> 6) - seen_from]) return false;
+            r = next;
+        }
+        return true;
     }
     const char* at(int64_t r) const { return data + r * row * element_size(dtype); }
     Vec load(int64_t r, int64_t c, int n) const { return load_floats(at(r), dtype, c, col, n); }
@@ -72,9 +77,16 @@ inline Vec load_units(const Source& x, int64_t r, int64_t u, int64_t cols) {
 template <class Math>
 inline void pack_rows(const Source& x, int64_t r0, int64_t n, int64_t cols, float sign, float* out) {
     const int64_t count = units<Math>(cols), ld = round_up(count, W);
-    for (int64_t r = 0; r < n; ++r) {
+    // Where every row is seen and already made of units, the loop asks nothing row by row.
+    const bool plain = sign > 0 && x.col == 1 && Math::kPair * element_size(x.dtype) == 4 && x.all_visible(r0, n);
+    const int64_t copied = plain ? cols / Math::kPair / W * W : 0, step = x.row * element_size(x.dtype);
+    const char* row = x.at(r0);
+    for (int64_t r = 0; r < n; ++r, row += step) {
+        for (int64_t u = 0; u < copied; u += W) vstore(out + r * ld + u, vload(row + 4 * u));
+    }
+    for (int64_t r = 0; r < n && copied < count; ++r) {
         const bool visible = x.visible(r0 + r);
-        for (int64_t u = 0; u < count; u += W) {
+        for (int64_t u = copied; u < count; u += W) {
             Vec a = visible ? load_units<Math>(x, r0 + r, u, cols) : vzero();
             if (sign < 0) {
                 if constexpr (Math::kPair == 1) {
@@ -173,7 +185,14 @@ inline void pack_summed(const Source& x, int64_t r0, int64_t n, int64_t cols, fl
             const int64_t r = r0 + 2 * s;
             const bool has_odd = 2 * s + 1 < n, even = x.visible(r), odd = has_odd && x.visible(r + 1);
             const char* row = x.at(r);
-            for (int64_t c = 0; c < vecs; ++c) {
+            int64_t c = 0;
+            for (; c + 2 <= direct && has_odd; c += 2) {
+                Vec pairs[2];
+                interleave_rows(row + c * W * 2, row + step + c * W * 2, pairs);
+                vstore(target(s, c), pairs[0]);
+                vstore(target(s, c + 1), pairs[1]);
+            }
+            for (; c < vecs; ++c) {
                 if (c < direct) {
                     const __m256i* p = reinterpret_cast<const __m256i*>(row + c * W * 2);
                     const __m256i* q = reinterpret_cast<const __m256i*>(row + step + c * W * 2);

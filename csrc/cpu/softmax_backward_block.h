@@ -138,7 +138,8 @@ class BackwardSight {
     Cover look(int64_t b, int64_t h, int64_t i0, int rows, int64_t tile, bool always, uint64_t* bits) const {
         const int64_t j0 = tile * kTile, j1 = least(j0 + kTile, p_.Lk()), i1 = i0 + rows;
         if (j0 >= j1 || j0 > i1 - 1 + p_.hi || j1 - 1 < i0 + p_.lo) return kNothing;
-        bool whole = j1 - j0 == kTile && j0 - (i1 - 1) >= p_.lo && j1 - 1 - i0 <= p_.hi, nothing = true;
+        const bool in_band = j1 - j0 == kTile && j0 - (i1 - 1) >= p_.lo && j1 - 1 - i0 <= p_.hi;
+        bool whole = in_band, nothing = true;
         const uint64_t* words[2] = {nullptr, nullptr};
         bool hole[2] = {false, false};
         if (sight_.plan.row_start) {
@@ -153,7 +154,9 @@ class BackwardSight {
         }
         if (whole && !always) return kAll;
         for (int r = 0; r < rows; ++r) {
-            const uint64_t band = hole[r / kTile] ? 0 : band_word(p_.lo, p_.hi, p_.Lk(), i0 + r, tile);
+            const uint64_t band = hole[r / kTile] ? 0
+                                  : in_band       ? ~uint64_t{0}
+                                                  : band_word(p_.lo, p_.hi, p_.Lk(), i0 + r, tile);
             bits[r] = words[r / kTile] ? band & words[r / kTile][r % kTile] : band;
         }
         return whole ? kAll : kPart;

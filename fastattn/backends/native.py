@@ -12,6 +12,10 @@ from ..params import (
     CAUSAL_NONE,
     CAUSAL_TOP_LEFT,
     Call,
+    LinearCall,
+    LinearParams,
+    LinearTensors,
+    SoftmaxCall,
     SoftmaxParams,
     SoftmaxTensors,
     empty_like_layout,
@@ -30,6 +34,9 @@ except ImportError as error:
     )
 
 MAX_HEAD_DIM = 512
+TOKENS_PER_KEPT_STATE = 4096  # kLinearMark
+MAX_LINEAR_HEAD_DIM = 256
+MAX_SQUARED_HEAD_DIM = 64  # of taylor2, whose features are D^2
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -38,29 +45,44 @@ def status() -> str | None:
 
 
 def why_not(call: Call) -> list[str]:
-    if call.op != "softmax":
-        return ["it has no kernel for this op yet"]
-    x = call.x
-    widest = max(x.q.shape[3], x.v.shape[3])
-    if _missing is None and x.q.is_cpu and x.q.dtype in DTYPES and widest <= MAX_HEAD_DIM:
-        return []
     if _missing is not None:
         return [_missing]
+    x = call.x
     reasons = []
-    if x.q.device.type != "cpu":
+    if not x.q.is_cpu:
         reasons.append(f"it runs on CPU tensors, these are on {x.q.device}")
     if x.q.dtype not in DTYPES:
         reasons.append(f"dtype {x.q.dtype} is not float32, bfloat16 or float16")
-    if widest > MAX_HEAD_DIM:
-        reasons.append(f"head dimension {widest} is over {MAX_HEAD_DIM}")
+    return reasons + (_why_not_linear(call) if isinstance(call, LinearCall) else _why_not_softmax(call))
+
+
+def _why_not_softmax(call: SoftmaxCall) -> list[str]:
+    widest = max(call.x.q.shape[3], call.x.v.shape[3])
+    return [f"head dimension {widest} is over {MAX_HEAD_DIM}"] if widest > MAX_HEAD_DIM else []
+
+
+def _why_not_linear(call: LinearCall) -> list[str]:
+    x, params = call.x, call.params
+    D, Dv = x.q.shape[3], x.v.shape[3]
+    reasons = []
+    if min(D, Dv) == 0:
+        reasons.append("a head dimension is 0")
+    if max(D, Dv) > MAX_LINEAR_HEAD_DIM:
+        reasons.append(f"head dimension {max(D, Dv)} is over {MAX_LINEAR_HEAD_DIM}")
+    elif params.feature_map == "taylor2" and D > MAX_SQUARED_HEAD_DIM:
+        reasons.append(f"taylor2 at head dimension {D} is over {MAX_SQUARED_HEAD_DIM}")
     return reasons
 
 
 def describe(call: Call) -> str:
     assert _C is not None
-    q, k = call.x.q, call.x.k
-    few_rows = _C.is_decode(q.shape[2], q.shape[1] // max(k.shape[1], 1), k.shape[2])
-    return f"{_C.isa()} {'split-key decode' if few_rows else 'tiled'}, {torch.get_num_threads()} threads"
+    if isinstance(call, LinearCall):
+        kind = "one step in place" if call.step else "recurrent scan" if call.params.causal else "two passes"
+    else:
+        q, k = call.x.q, call.x.k
+        few_rows = _C.is_decode(q.shape[2], q.shape[1] // max(k.shape[1], 1), k.shape[2])
+        kind = "split-key decode" if few_rows else "tiled"
+    return f"{_C.isa()} {kind}, {torch.get_num_threads()} threads"
 
 
 def softmax_forward(x: SoftmaxTensors, params: SoftmaxParams, with_parts: bool):
@@ -111,6 +133,58 @@ def _dense(x: SoftmaxTensors) -> SoftmaxTensors:
         return x
     slopes, sinks, diagonal = (t if t is None else t.contiguous() for t in (x.slopes, x.sinks, x.diagonal))
     return x._replace(slopes=slopes, sinks=sinks, diagonal=diagonal)
+
+
+def linear_saved_shape(x: LinearTensors, params: LinearParams) -> tuple[int, ...]:
+    """The denominators [B, H, Lq]; with beta, for each token what it is to be multiplied by, and some states [D, Dv]."""
+    if x.beta is not None:
+        (B, _, L, D), Dv = x.q.shape, x.v.shape[3]
+        return (B, x.heads, L + L // TOKENS_PER_KEPT_STATE * D, Dv)
+    return (x.q.shape[0], x.heads, x.q.shape[2]) if params.normalize else (0,)
+
+
+def linear_forward(x: LinearTensors, params: LinearParams, with_saved: bool):
+    assert _C is not None
+    out = x.empty_out()
+    kv = torch.empty(x.state_shape(params.feature_map), dtype=torch.float32)
+    z = kv.new_empty(kv.shape[:3]) if params.normalize else None
+    saved = kv.new_empty(linear_saved_shape(x, params)) if with_saved and _saves(x, params) else None
+    _C.linear_forward(_dense_states(x), out, kv, z, saved, *_linear_options(params), torch.get_num_threads())
+    return out, kv, z, saved
+
+
+def linear_backward(dout, dkv, dz, x: LinearTensors, out, saved, params: LinearParams, needs):
+    assert _C is not None
+    qkv = tuple(empty_like_layout(t, t.shape[3]) if need else None for t, need in zip(x[:3], needs))
+    rest = tuple(t.new_empty(t.shape) if t is not None and need else None for t, need in zip(x[3:7], needs[3:]))
+    dkv, dz, saved = (None if t is None else t.contiguous() for t in (dkv, dz, saved if _saves(x, params) else None))
+    _C.linear_backward(
+        dout, dkv, dz, _dense_states(x), out, saved, qkv + rest, *_linear_options(params), torch.get_num_threads()
+    )
+    return qkv + rest
+
+
+def linear_step(x: LinearTensors, params: LinearParams):
+    assert _C is not None
+    out = x.empty_out()
+    _C.linear_step(x, out, params.feature_map, params.normalize, params.scale, torch.get_num_threads())
+    return out
+
+
+def _saves(x: LinearTensors, params: LinearParams) -> bool:
+    return params.normalize or x.beta is not None
+
+
+def _linear_options(params: LinearParams) -> tuple[str, bool, bool, float]:
+    return params.feature_map, params.causal, params.normalize, params.scale
+
+
+def _dense_states(x: LinearTensors) -> LinearTensors:
+    """States and offsets lie densely: the library reads them so."""
+    if x.kv is x.z is x.cu_seqlens is None:
+        return x
+    kv, z, cu_seqlens = (t if t is None else t.contiguous() for t in (x.kv, x.z, x.cu_seqlens))
+    return x._replace(kv=kv, z=z, cu_seqlens=cu_seqlens)
 
 
 def plan_of_rows(stretches, batches: int, heads: int, Lq: int, Lk: int) -> tuple[torch.Tensor, ...]:

@@ -7,10 +7,21 @@ import os
 
 import torch
 
-from ..params import Call, SoftmaxCall, SoftmaxParams, SoftmaxTensors, empty_like_layout
+from ..params import (
+    LINEAR_EPS,
+    Call,
+    LinearCall,
+    LinearParams,
+    LinearTensors,
+    SoftmaxCall,
+    SoftmaxParams,
+    SoftmaxTensors,
+    empty_like_layout,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
+MAX_TAYLOR2_DIM = 16  # its states have 1 + D + D * D rows
 
 # The kernels pass in the interpreter and compile for sm_80 to sm_120; flip once the GPU tests have passed on a device.
 VERIFIED_ON_HARDWARE = False
@@ -33,8 +44,6 @@ def status() -> str | None:
 
 
 def why_not(call: Call) -> list[str]:
-    if call.op != "softmax":
-        return ["it has no kernel for this op yet"]
     reason = status()
     if reason is not None:
         return [reason]
@@ -51,6 +60,18 @@ def why_not(call: Call) -> list[str]:
         reasons.append(f"dtype {q.dtype} is not float32, bfloat16 or float16")
     if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
         reasons.append(f"head dimension {max(q.shape[3], v.shape[3])} is over {MAX_HEAD_DIM}")
+    return reasons + _why_not_linear(call) if isinstance(call, LinearCall) else reasons
+
+
+def _why_not_linear(call: LinearCall) -> list[str]:
+    x, params = call.x, call.params
+    D, reasons = x.q.shape[3], []
+    if params.feature_map == "taylor2" and D > MAX_TAYLOR2_DIM:
+        reasons.append(f"head dimension {D} is over {MAX_TAYLOR2_DIM} for feature map taylor2")
+    if not call.step and x.beta is not None and x.decay is not None and x.decay.dim() == 4:
+        reasons.append("the delta rule with a decay for each channel has no chunked kernel")
+    if 0 in (x.q.shape[0], x.heads, x.state_heads, D, x.v.shape[3]):
+        reasons.append("a dimension other than the length is empty")
     return reasons
 
 
@@ -66,12 +87,26 @@ def describe(call: Call) -> str:
     from ..kernels.common.launch import arch_of
     from ..kernels.softmax.config import has_extras, pick_forward
 
+    if isinstance(call, LinearCall):
+        return _describe_linear(call)
     assert isinstance(call, SoftmaxCall)
     x, params, _ = call
     q, extra = x.q, has_extras(x, params) or params.dropout_p > 0  # `explain` draws no rng
     tile = pick_forward(q.shape[3], x.v.shape[3], q.dtype, arch_of(q), q.shape[2], extra, x.plan is not None)
     where = "interpreter" if _interpreted() else f"sm_{arch_of(q)} table"
     return f"{where}, {tile.BM}x{tile.BN} tiles, {tile.num_warps} warps, {tile.num_stages} stages"
+
+
+def _describe_linear(call: LinearCall) -> str:
+    from ..kernels.common.launch import arch_of
+    from ..kernels.linear.config import pick
+
+    if call.step:
+        return "state in registers"
+    q = call.x.q
+    tiles = pick(q.dtype, arch_of(q), q.shape[3], call.x.beta is not None, call.params.chunk_size)
+    where = "interpreter" if _interpreted() else f"sm_{arch_of(q)} table"
+    return f"{where}, chunks of {tiles.BT}, {tiles.read.rows}x{tiles.read.columns} tiles, {tiles.read.num_warps} warps"
 
 
 def softmax_forward(x: SoftmaxTensors, params: SoftmaxParams, with_parts: bool):
@@ -94,3 +129,34 @@ def softmax_backward(dout, dlse, x: SoftmaxTensors, out, parts, params: SoftmaxP
     ]
     backward(dout, dlse, x, out, parts, params, *gradients)
     return tuple(gradients)
+
+
+def linear_saved_shape(x: LinearTensors, params: LinearParams) -> tuple[int, ...]:
+    """The denominators."""
+    return (x.q.shape[0], x.heads, x.q.shape[2]) if params.normalize else (0,)
+
+
+def linear_forward(x: LinearTensors, params: LinearParams, with_saved: bool):
+    from ..kernels.linear.forward import forward
+
+    out = x.empty_out()
+    den = x.q.new_empty(linear_saved_shape(x, params), dtype=torch.float32) if params.normalize else None
+    kv, z = forward(x, params, out, den, LINEAR_EPS)
+    return out, kv, z, den if with_saved else None
+
+
+def linear_backward(dout, dkv, dz, x: LinearTensors, out, saved, params: LinearParams, needs):
+    from ..kernels.linear.backward import backward
+
+    gradients = [empty_like_layout(t, t.shape[3]) if need else None for t, need in zip(x[:3], needs)]
+    gradients += [t.new_empty(t.shape) if t is not None and need else None for t, need in zip(x[3:7], needs[3:])]
+    backward(dout, dkv, dz, x, out, saved if params.normalize else None, params, *gradients)
+    return tuple(gradients)
+
+
+def linear_step(x: LinearTensors, params: LinearParams):
+    from ..kernels.linear.step import step
+
+    out = x.empty_out()
+    step(x, params, out, LINEAR_EPS)
+    return out

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
-from ..params import LINEAR_EPS, LinearParams, LinearTensors, accumulate_dtype
+from ..params import LINEAR_EPS, LinearParams, LinearTensors, accumulate_dtype, empty_like_layout
 
 CHUNK = 64
 VECTOR_CHUNK = 16  # decays of single channels make a chunk x chunk x D tensor
+NOTHING = -1e3  # e^-1000 is 0; a sum of larger ones (finfo.min between documents) would swallow the gates that follow
 
 
 class Chunk(NamedTuple):
@@ -45,6 +47,8 @@ def features(x: Tensor, feature_map: str) -> Tensor:
         y = x * max(x.shape[-1], 1) ** -0.25
         products = (y[..., :, None] * y[..., None, :]).flatten(-2) * 0.5**0.5
         return torch.cat((y.new_ones(*y.shape[:-1], 1), y, products), -1)
+    if feature_map != "identity":
+        raise ValueError(f"unknown feature_map {feature_map!r}")
     return x
 
 
@@ -74,7 +78,8 @@ def linear_backward(dout, dkv, dz, x: LinearTensors, out, saved, params: LinearP
     """Chunks in reverse, each computed again from the state before it and differentiated by autograd."""
     with torch.no_grad():
         kv, z = _start(x, params)
-        grads = [None if t is None else torch.zeros_like(t) for t in x.differentiable()]
+        grads: list[Any] = [empty_like_layout(t, t.shape[3]).zero_() for t in x[:3]]
+        grads += [None if t is None else t.new_zeros(t.shape) for t in x[3:7]]
         dkv = torch.zeros_like(kv) if dkv is None else dkv.clone()
         dz = torch.zeros_like(z) if dz is None else dz.clone()
         backward = _causal_backward if params.causal else _whole_backward
@@ -82,7 +87,7 @@ def linear_backward(dout, dkv, dz, x: LinearTensors, out, saved, params: LinearP
         # What is left has flowed to the state before the first token.
         for i, left in ((5, dkv), (6, dz)):
             grads[i] = None if grads[i] is None else left
-        return tuple(g if need else None for g, need in zip(grads, needs))
+        return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
 
 def linear_step(x: LinearTensors, params: LinearParams):
@@ -123,7 +128,7 @@ def _wide(t: Tensor, heads: int) -> Tensor:
 def _queries(q: Tensor, heads: int, params: LinearParams) -> Tensor:
     """scale * phi(q) as [B, Hs, G, C, F]: the G heads of a group read one state."""
     q = features(_wide(q, max(q.shape[1], heads)), params.feature_map) * params.scale
-    return q.unflatten(1, (heads, -1))
+    return q.unflatten(1, (heads, q.shape[1] // max(heads, 1)))
 
 
 def _keys(k: Tensor, heads: int, params: LinearParams) -> Tensor:
@@ -142,7 +147,7 @@ class Gates(NamedTuple):
     def of(decay: Optional[Tensor]) -> Gates:
         if decay is None:
             return Gates()
-        total = decay.double().cumsum(2)
+        total = decay.double().clamp(min=NOTHING).cumsum(2)
         vector = decay.dim() == 4
         i = torch.arange(total.shape[2], device=decay.device)
         later = i[:, None] < i
@@ -216,17 +221,26 @@ def _reduce(x: LinearTensors, params: LinearParams, kv: Tensor, z: Tensor) -> No
         z[c.sequence] += added[1]
 
 
+def _recorded() -> AbstractContextManager:
+    """Autograd on again: a compiled graph may run this op below it, and there is nothing to differentiate there."""
+    keys = torch._C._dispatch_tls_local_exclude_set().remove(torch._C.DispatchKey.AutogradFunctionality)
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), keys)
+
+
 def _differentiate(function, leaves, cotangents) -> list[Any]:
     """Gradients of function(*leaves), a tuple of tensors, with respect to every leaf that is not None."""
     leaves = [None if t is None else t.detach().requires_grad_() for t in leaves]
-    with torch.enable_grad():
+    with _recorded(), torch.enable_grad():
         results = function(*leaves)
-    pairs = [(y, dy) for y, dy in zip(results, cotangents) if y.requires_grad]
-    found = iter(
-        torch.autograd.grad(
-            [y for y, _ in pairs], [t for t in leaves if t is not None], [dy for _, dy in pairs], materialize_grads=True
+        pairs = [(y, dy) for y, dy in zip(results, cotangents) if y.requires_grad]
+        found = iter(
+            torch.autograd.grad(
+                [y for y, _ in pairs],
+                [t for t in leaves if t is not None],
+                [dy for _, dy in pairs],
+                materialize_grads=True,
+            )
         )
-    )
     return [t if t is None else next(found) for t in leaves]
 
 

@@ -34,9 +34,10 @@ class Mask:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        # A pattern of a user cannot take the name of one of ours.
-        if not cls.__name__.startswith("_"):
-            _kinds.setdefault(cls.__name__, cls)
+        # A pattern of a user cannot take the name of one of ours, whichever is loaded first.
+        ours = cls.__module__.startswith(f"{__package__}.")
+        if not cls.__name__.startswith("_") and (ours or cls.__name__ not in _kinds):
+            _kinds[cls.__name__] = cls
 
     # What a pattern defines.
 
@@ -131,6 +132,8 @@ class Mask:
         """The mask of `to_dict`. Every value is checked as by the constructor: ValueError or TypeError if it is malformed."""
         if not isinstance(stored, dict) or not isinstance(stored.get("kind"), str):
             raise ValueError(f'a stored mask is a dict with the key "kind", got {type(stored).__name__}')
+        from . import grids, patterns, sequences  # noqa: F401  # their patterns can be read from here on
+
         cls = _kinds.get(stored["kind"])
         if cls is None:
             raise ValueError(f"unknown mask {stored['kind']!r}; known: {', '.join(sorted(_kinds))}")

@@ -145,6 +145,8 @@ def linear_attention_step(
     Raises:
         As `linear_attention`; RuntimeError where a gradient would be recorded: the state is overwritten.
     """
+    if state is None:
+        raise TypeError("a step advances a state, got None; start from LinearState.zeros(...)")
     call = _call(q, k, v, feature_map, True, decay, beta, normalize, scale, state, None, None, None)
     x = call.x
     if call.needs_grad:

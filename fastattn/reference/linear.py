@@ -37,17 +37,18 @@ def linear(
     """
     options = {"feature_map": feature_map, "causal": causal, "normalize": normalize, "scale": scale, "eps": eps}
     if cu_seqlens is not None:
-        ends = cu_seqlens.tolist()
+        ends = [0, *cu_seqlens.tolist()]  # the first part has no token: there may be no other
         parts = [
             linear(
                 *(t if t is None else t[:, :, i:j] for t in (q, k, v, decay, beta)),
-                *(t if t is None else t[n, None] for t in (kv, z)),
+                *(None if t is None or n == 0 else t[n - 1, None] for t in (kv, z)),
                 key_mask if key_mask is None else key_mask[:, i:j],
                 **options,
             )
             for n, (i, j) in enumerate(zip(ends, ends[1:]))
         ]
-        return torch.cat([p[0] for p in parts], 2), torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts])
+        outs, kvs, zs = zip(*parts)
+        return torch.cat(outs, 2), torch.cat(kvs)[1:], torch.cat(zs)[1:]
     if key_mask is not None:  # masked keys may hold NaN: take them out before any product
         k, v = (x.masked_fill(~key_mask[:, None, :, None], 0) for x in (k, v))
     q, k = features(q, feature_map) * scale, features(k, feature_map)
@@ -55,8 +56,8 @@ def linear(
         k = k.masked_fill(~key_mask[:, None, :, None], 0)
     Hs = max(k.shape[1], v.shape[1])
     q, k, v = _repeated(q, max(q.shape[1], Hs)), _repeated(k, Hs), _repeated(v, Hs)
-    S = q.new_zeros(*k.shape[:2], k.shape[3], v.shape[3]) if kv is None else kv
-    z = k.new_zeros(*k.shape[:2], k.shape[3]) if z is None else z
+    S = q.new_zeros(*k.shape[:2], k.shape[3], v.shape[3]) if kv is None else kv.clone()
+    z = k.new_zeros(*k.shape[:2], k.shape[3]) if z is None else z.clone()
     if not causal:
         S, z = S + k.mT @ v, z + k.sum(2)
         out, den = q @ _repeated(S, q.shape[1]), (q * _repeated(z, q.shape[1])[:, :, None]).sum(-1)
@@ -72,9 +73,8 @@ def linear(
             S, z = S + k[:, :, t, :, None] * value[..., None, :], z + k[:, :, t]
             outs.append((q[:, :, t, :, None] * _repeated(S, q.shape[1])).sum(-2))
             dens.append((q[:, :, t] * _repeated(z, q.shape[1])).sum(-1))
-        nothing = q.new_zeros(*q.shape[:2], 0, v.shape[3])
-        out = torch.stack(outs, 2) if outs else nothing
-        den = torch.stack(dens, 2) if dens else nothing[..., 0]
+        out = torch.stack(outs, 2) if outs else q.new_zeros(*q.shape[:2], 0, v.shape[3])
+        den = torch.stack(dens, 2) if dens else q.new_zeros(*q.shape[:2], 0)
     return out / den.clamp(min=eps)[..., None] if normalize else out, S, z
 
 

@@ -31,15 +31,14 @@ def arch_of(x: torch.Tensor) -> int:
 
 
 def launch(kernel, n_programs: int, *args, **options) -> None:
-    """Run `n_programs` programs of `kernel` on the device of its first argument."""
+    """Run `n_programs` programs of `kernel` on the device of its first argument, a tensor or a tuple that begins with one."""
     if n_programs == 0:
         return
     if INTERPRETED:
         guard = _interpreter_lock
     else:
-        guard = (
-            nullcontext() if args[0].device.index == torch.cuda.current_device() else torch.cuda.device(args[0].device)
-        )
+        device = (args[0] if isinstance(args[0], torch.Tensor) else args[0][0]).device
+        guard = nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
     # s * scale + bias must not become one fma in one kernel and not in another: backward needs the logits of forward.
     with guard:
         kernel[(n_programs,)](*args, enable_fp_fusion=False, **options)

@@ -7,6 +7,7 @@ import torch
 
 from ..common.plans import TILE, Walk
 from ..common.scores import Terms
+from ..common.sizes import block_dim, ceil_div, dot_precision, wide
 
 # K and V of the heads in flight should stay in L2 (40 MB on A100, 50 MB on H100).
 L2_BYTES = 32 << 20
@@ -159,15 +160,6 @@ def count_blocks(L: int, block: int, plan) -> int:
     return ceil_div(L, block) if plan is None else ceil_div(L, TILE.value) * (TILE.value // block)
 
 
-def block_dim(D: int) -> int:
-    """Head dimensions are padded to a power of two that tl.dot accepts."""
-    return max(16, 1 << (D - 1).bit_length()) if D else 16
-
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def useful_band(lo: Optional[int], hi: Optional[int], Lq: int, Lk: int) -> tuple[Optional[int], Optional[int]]:
     """The same band with bounds that hide nothing dropped and all others inside 32 bits."""
     if lo is not None:
@@ -183,11 +175,6 @@ def heads_per_section(n_heads: int, group: int, bytes_per_kv_head: int) -> int:
     return max(1, min(n_heads, fit))
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """fp32 products are exact fp32 unless the user allows tf32, as in torch's own matmul."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
 def score_strides(x: Optional[torch.Tensor]) -> Optional[tuple[int, ...]]:
     """Strides of a mask or bias with 0 where a dimension is broadcast."""
     return None if x is None else tuple(0 if n == 1 else s for n, s in zip(x.shape, x.stride()))
@@ -201,11 +188,6 @@ def has_rows(x: Optional[torch.Tensor]) -> bool:
 def dropout_scalars(p: float) -> tuple[int, float]:
     """(threshold, factor): keep iff u32 >= threshold, and kept weights times factor."""
     return min(math.ceil(p * 2**32), 2**32 - 1), 0.0 if p >= 1 else 1 / (1 - p)
-
-
-def wide(*tensors: torch.Tensor) -> bool:
-    """Whether element offsets inside one tile may pass 2^31."""
-    return any(abs(stride) * 256 >= 2**31 for x in tensors for stride in x.stride()[2:])
 
 
 def compile_options(tile: LaunchConfig, tensors, x, params, interpreted) -> dict:

@@ -1,0 +1,139 @@
+// What the backward pass of linear attention shares: packed gradients, states with features as lanes, sums over heads.
+#pragma once
+#include <initializer_list>
+
+#include "linear_task.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+namespace {
+
+// A gradient as the tasks write it, one slice for each head of out, and as the caller gets it, summed over the heads
+// that share a tensor. Both are the same memory where no head shares.
+class HeadGradient {
+   public:
+    HeadGradient(const TensorView& target, int64_t heads)
+        : target_(target),
+          memory_(shared(heads) ? target.size[0] * heads * target.size[2] * target.size[3] * 4 : 0),
+          slices_(target) {
+        if (!shared(heads)) return;
+        slices_.data = memory_.as<char>();
+        slices_.dtype = DType::kFloat32;
+        slices_.size[1] = heads;
+        int64_t stride = 1;
+        for (int i = 3; i >= 0; stride *= slices_.size[i--]) slices_.stride[i] = stride;
+    }
+    explicit operator bool() const { return target_.data != nullptr; }
+    const TensorView& slices() const { return slices_; }
+
+    void sum_heads(int threads) const {
+        const int64_t heads = slices_.size[1];
+        if (!target_ || slices_.data == target_.data || target_.size[1] == 0) return;
+        const int64_t group = heads / target_.size[1], rows = target_.size[2], chunks = ceil_div(rows, kRowsOfTask);
+        parallel_for(threads, target_.size[0] * target_.size[1] * chunks, [&](int64_t task) {
+            const int64_t b = task / chunks / target_.size[1], h = task / chunks % target_.size[1];
+            const int64_t first = task % chunks * kRowsOfTask, last = least(rows, first + kRowsOfTask);
+            for (int64_t i = first; i < last; ++i) {
+                each_vector(target_.size[3], [&](int64_t c, int n) {
+                    Vec sum = vzero();
+                    for (int64_t g = 0; g < group; ++g) {
+                        const char* from = slices_.row(b, h * group + g, i) + c * 4;
+                        sum = vadd(sum, vload_n(from, n));
+                    }
+                    store_floats(target_.row(b, h, i), target_.dtype, c, target_.last_stride(), sum, n);
+                });
+            }
+        });
+    }
+
+   private:
+    static constexpr int64_t kRowsOfTask = 64;
+    bool shared(int64_t heads) const { return target_.data && target_.size[1] != heads; }
+
+    const TensorView target_;
+    const Scratch memory_;
+    TensorView slices_;
+};
+
+class BackwardWork : protected LinearWork {
+   protected:
+    BackwardWork(const LinearParams& p, const LinearGradients& g)
+        : LinearWork(p),
+          g_(g),
+          dq_(g.dq, p.H()),
+          dk_(g.dk, p.H()),
+          dv_(g.dv, p.H()),
+          ddecay_(g.ddecay, p.H()),
+          dkv_(g.dkv_in, p.H()),
+          dz_(g.dz_in, p.H()) {}
+
+    void sum_heads(int threads) const {
+        for (const HeadGradient* gradient : {&dq_, &dk_, &dv_, &ddecay_, &dkv_, &dz_}) gradient->sum_heads(threads);
+    }
+
+    // A row of a gradient; rows follow as blocks do (pack_features).
+    void store(const HeadGradient& gradient, const LinearHead& head, int64_t t, int64_t sense, const float* row) const {
+        const TensorView& x = gradient.slices();
+        ask_to_write(x, head.b, head.h, t + sense * layout_.block);
+        store_row(x.row(head.b, head.h, t), x.dtype, x.last_stride(), row, 0, x.size[3], 1);
+    }
+
+    int64_t transposed_floats() const { return layout_.f_tiles * layout_.Dv * W; }
+    int64_t state_floats() const { return layout_.v_tiles * layout_.F * W; }
+    int64_t state_of(const LinearHead& head) const { return head.n * p_.Hs() + head.hs; }
+
+    // A state with its features as lanes, [f_tiles][Dv][W]. Null is zero.
+    void load_transposed(int64_t state, const float* kv, float* x) const {
+        const int64_t F = layout_.F, Dv = layout_.Dv;
+        zero(x, transposed_floats());
+        for (int64_t f = 0; f < F && kv; ++f) {
+            float* lane = x + f / W * Dv * W + f % W;
+            for (int64_t c = 0; c < Dv; ++c) lane[c * W] = kv[(state * F + f) * Dv + c];
+        }
+    }
+    void load_z(int64_t state, const float* z, float* x) const {
+        zero(x, layout_.ld_f);
+        if (z) memcpy(x, z + state * layout_.F, sizeof(float) * static_cast<size_t>(layout_.F));
+    }
+
+    // Gradients of the state before the first token: those of the state after it times its factor.
+    void store_initial(const LinearHead& head, const float* factors, const float* state) const {
+        const int64_t F = layout_.F, Dv = layout_.Dv;
+        for (int64_t f = 0; f < F; ++f) {
+            float* row = reinterpret_cast<float*>(dkv_.slices().row(head.n, head.h, f));
+            const Vec factor = vset(factors ? factors[p_.vector_decay() ? f : 0] : 1.0f);
+            each_vector(
+                Dv, [&](int64_t c, int n) { vstore_n(row + c, vmul(factor, vload(state + (c / W * F + f) * W)), n); });
+        }
+    }
+    void store_initial_z(const LinearHead& head, const float* factors, const float* dz) const {
+        float* z = reinterpret_cast<float*>(dz_.slices().row(head.n, head.h, 0));
+        for (int64_t f = 0; f < layout_.F; ++f) {
+            z[f] = (factors ? factors[p_.vector_decay() ? f : 0] : 1.0f) * dz[f];
+        }
+    }
+
+    // Rows of dout times `weight` = scale / den, the gradient of phi(q)^T S.
+    void pack_dout(const LinearHead& head, int64_t t0, int64_t n, int64_t sense, float* out, float* weight) const {
+        const int64_t ld = layout_.ld_v, Dv = layout_.Dv;
+        const Source dout = source_of(g_.dout, head.b, head.h);
+        for (int64_t t = 0; t < n; ++t) {
+            weight[t] = static_cast<float>(p_.scale);
+            if (p_.normalize) weight[t] /= std::fabs(denominator(head, t0 + t));
+            ask_for(dout, t0 + t + sense * layout_.block, Dv);
+            with_row(dout, t0 + t, Dv, [&](int64_t c, Vec a) { vstore(out + t * ld + c, vmul(a, vset(weight[t]))); });
+        }
+        zero(out + n * ld, (round_up(n, kGroup) - n) * ld);
+    }
+    float denominator(const LinearHead& head, int64_t t) const {
+        return p_.saved[(head.b * p_.H() + head.h) * p_.Lq() + t];
+    }
+    bool clamped(const LinearHead& head, int64_t t) const { return denominator(head, t) < 0; }
+
+    const LinearGradients& g_;
+    const HeadGradient dq_, dk_, dv_, ddecay_, dkv_, dz_;
+};
+
+}  // namespace
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

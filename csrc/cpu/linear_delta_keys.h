@@ -1,0 +1,352 @@
+// The backward delta rule, second half: gradients of q, k and the decay, with channels of k as lanes. A task walks its
+// tiles of a head on in time, keeping a and b, then back in time.
+#pragma once
+#include "linear_backward_task.h"
+#include "linear_delta_scan.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+namespace {
+
+// Tokens after which the gradient of the decay, a running sum, starts again from exact states.
+constexpr int64_t kDeltaRestart = 32;
+constexpr int64_t kDeltaPanel = 64 / kDeltaLanes;  // tiles a task walks at once; they share the packed rows
+
+class DeltaKeys : DeltaWork {
+   public:
+    // `du` [B, H, L, Dv] and `marks` [B, H, L / kLinearMark, D, Dv] of the first half.
+    DeltaKeys(const LinearParams& p, const LinearGradients& g, const float* du, const float* marks)
+        : DeltaWork(p),
+          g_(g),
+          du_(du),
+          marks_(marks),
+          k_tiles_(ceil_div(p.D(), kDeltaLanes)),
+          panels_(ceil_div(k_tiles_, kDeltaPanel)),
+          dq_(g.dq, p.H()),
+          dk_(g.dk, p.H()),
+          ddecay_(g.ddecay, p.vector_decay() ? p.H() : p.H() * k_tiles_) {}
+
+    void run() const {
+        Arena size(nullptr);
+        place(size);
+        run_tasks(threads(), heads() * panels_, size.used(), [&](int64_t task, float* memory) {
+            Arena arena(memory);
+            const Buffers x = place(arena);
+            const LinearHead head = head_of(task / panels_);
+            const int64_t first = task % panels_ * kDeltaPanel, last = least(first + kDeltaPanel, k_tiles_);
+            p_.decay ? differentiate<true>(head, x, first, last) : differentiate<false>(head, x, first, last);
+        });
+        for (const HeadGradient* gradient : {&dq_, &dk_, &ddecay_}) gradient->sum_heads(threads());
+    }
+
+   private:
+    static constexpr int64_t kPanelLanes = kDeltaPanel * kDeltaLanes;
+
+    struct Buffers {
+        float *r, *dout, *du;             // rows of Dv floats, those of a block
+        float *q, *k, *dq, *dk, *ddecay;  // the same, of the lanes of the panel
+        float *state, *sums, *ends, *a, *b, *own;
+        DeltaCarry* carry;
+        int32_t* start;
+    };
+    Buffers place(Arena& arena) const {
+        const int64_t L = p_.Lk(), ends = ddecay_ ? ceil_div(L, kDeltaRestart) : 0;
+        Buffers x;
+        for (float** rows : {&x.r, &x.dout, &x.du}) *rows = arena.floats(kDeltaBlock * kGroup * p_.Dv() + W);
+        for (float** rows : {&x.q, &x.k, &x.dq, &x.dk, &x.ddecay}) {
+            *rows = arena.floats(kDeltaBlock * kGroup * kPanelLanes);
+        }
+        x.state = arena.floats(kPanelLanes * p_.Dv());
+        x.sums = arena.floats(most(kDeltaRow, 2 * kPanelLanes));
+        x.ends = arena.floats(ends * kPanelLanes * p_.Dv());
+        x.carry = reinterpret_cast<DeltaCarry*>(arena.floats(3 * kPanelLanes));
+        x.a = arena.floats(L * kPanelLanes);
+        x.b = arena.floats(L * kPanelLanes);
+        x.own = arena.floats(L);
+        x.start = reinterpret_cast<int32_t*>(arena.floats(L + 1));
+        return x;
+    }
+
+    struct Pass {
+        const LinearHead& head;
+        const DeltaGates gates;
+        DeltaWalk walk;
+        const Source q, k, dout;
+        const Buffers& x;
+    };
+
+    template <bool fades>
+    void differentiate(const LinearHead& head, const Buffers& x, int64_t first, int64_t last) const {
+        const DeltaGates gates(p_, head);
+        Pass pass{head,
+                  gates,
+                  plan_groups(gates, p_.D(), x.sums, x.start),
+                  from(queries(head), head.first),
+                  from(keys(head), head.first),
+                  from(source_of(g_.dout, head.b, head.h), head.first),
+                  x};
+        const int64_t state = (head.n * p_.Hs() + head.hs) * p_.D() * p_.Dv();
+        load_transposed(p_.kv ? p_.kv + state : nullptr, first, last, x.state);
+        walk<fades, false>(pass, first, last);
+        load_transposed(head.leads && g_.dkv ? g_.dkv + state : nullptr, first, last, x.state);
+        pass.walk.backward = true;
+        walk<fades, true>(pass, first, last);
+    }
+
+    template <bool fades, bool backward>
+    void walk(const Pass& pass, int64_t first, int64_t last) const {
+        DeltaTerms terms[kDeltaBlock];
+        DeltaFade fades_of[kDeltaBlock];
+        reset(pass.x.carry, kPanelLanes / W);
+        for (int64_t n0 = 0; n0 < pass.walk.count; n0 += kDeltaBlock) {
+            const int64_t n1 = least(n0 + kDeltaBlock, pass.walk.count);
+            for (int64_t n = n0; n < n1; ++n) {
+                terms[n - n0] = load_terms(pass, n);
+                load_panel(pass.k, pass.walk.group(n), first, panel_rows(pass.x.k, n));
+                if (backward) load_panel(pass.q, pass.walk.group(n), first, panel_rows(pass.x.q, n));
+                if (!backward) note_own(pass, n, terms[n - n0]);
+                if (fades && !pass.gates.by_channel)
+                    fades_of[n - n0] = fade_of(pass.gates, pass.walk, n, 0, W, *pass.x.carry);
+            }
+            for (int64_t tile = first; tile < last; ++tile) {
+                for (int64_t n = n0; n < n1; ++n) {
+                    LaneFade fade;
+                    if (fades) fade = lane_fade(pass, n, tile, tile - first, fades_of[n - n0]);
+                    resume(pass, n, tile, tile - first, fade);
+                    backward ? retreat<fades>(pass, n, terms[n - n0], fade, tile, tile - first)
+                             : advance<fades>(pass, n, terms[n - n0], fade, tile - first);
+                }
+            }
+            for (int64_t n = n0; n < n1 && backward; ++n) {
+                store_panel(pass, dq_, n, first, pass.x.dq, static_cast<float>(p_.scale));
+                store_panel(pass, dk_, n, first, pass.x.dk, 1);
+                if (p_.vector_decay()) store_panel(pass, ddecay_, n, first, pass.x.ddecay, 1);
+            }
+        }
+    }
+
+    static float* panel_rows(float* x, int64_t n) { return x + n % kDeltaBlock * kGroup * kPanelLanes; }
+    static float* panel_lanes(float* x, int64_t n, int64_t at, int j, int v) {
+        return panel_rows(x, n) + j * kPanelLanes + at * kDeltaLanes + v * W;
+    }
+    // Columns from tile `first` on.
+    void load_panel(Source x, const DeltaWalk::Group& group, int64_t first, float* out) const {
+        const int64_t c = first * kDeltaLanes;
+        x.data += c * x.col * element_size(x.dtype);
+        load_group(x, group, least(kPanelLanes, p_.D() - c), kPanelLanes, kPanelLanes, out);
+    }
+    void store_panel(const Pass& pass, const HeadGradient& to, int64_t n, int64_t first, float* rows,
+                     float factor) const {
+        if (!to) return;
+        const DeltaWalk::Group group = pass.walk.group(n);
+        const TensorView& t = to.slices();
+        const int64_t c = first * kDeltaLanes;
+        for (int j = 0; j < group.size; ++j) {
+            char* row = t.row(pass.head.b, pass.head.h, pass.head.first + group.token(j));
+            store_row(row, t.dtype, t.last_stride(), panel_rows(rows, n) + j * kPanelLanes - c, c,
+                      least(c + kPanelLanes, p_.D()), factor);
+        }
+    }
+
+    // Where the exact state on the way into group n was kept, it is taken.
+    void resume(const Pass& pass, int64_t n, int64_t tile, int64_t at, LaneFade& fade) const {
+        const bool backward = pass.walk.backward;
+        const int64_t mark = mark_before(pass.head, pass.walk, backward ? pass.walk.count - n : n);
+        if (mark < 0) return;
+        const int64_t marks = p_.Lk() / kLinearMark;
+        load_transposed(
+            backward ? marks_ + (slice(pass.head) * marks + mark) * p_.D() * p_.Dv() : kept_state(pass.head, mark),
+            tile, tile + 1, state(pass.x, at));
+        FASTATTN_UNROLL for (int v = 0; v < kDeltaVecs; ++v) fade.of[v].factor = vset(1.0f);
+    }
+
+    LaneFade lane_fade(const Pass& pass, int64_t n, int64_t tile, int64_t at, const DeltaFade& scalar) const {
+        LaneFade fade;
+        FASTATTN_UNROLL for (int v = 0; v < kDeltaVecs; ++v) {
+            const int64_t c = tile * kDeltaLanes + v * W;
+            fade.of[v] = scalar;
+            if (!pass.gates.by_channel) continue;
+            fade.of[v] = fade_of(pass.gates, pass.walk, n, c, lanes_of(p_.D(), c), pass.x.carry[at * kDeltaVecs + v]);
+        }
+        return fade;
+    }
+
+    // r and du of a whole group are read where they lie.
+    DeltaTerms load_terms(const Pass& pass, int64_t n) const {
+        const DeltaWalk::Group group = pass.walk.group(n);
+        const int64_t Dv = p_.Dv(), at = n % kDeltaBlock * kGroup * Dv;
+        const float *r = rest_of(pass.head), *du = du_ + (slice(pass.head) * p_.Lk() + pass.head.first) * Dv;
+        DeltaTerms terms;
+        terms.step = pass.walk.backward ? -Dv : Dv;
+        terms.dout = load_slots(pass, group, pass.dout, pass.x.dout + at);
+        for (int j = 0; j < group.size; ++j) {
+            const int64_t t = group.token(j) + group.step * kDeltaBlock * kGroup;
+            ask_for(rows_of(r), t, Dv);
+            ask_for(rows_of(du), t, Dv);
+            if (!pass.walk.backward) continue;
+            ask_for({reinterpret_cast<const char*>(pass.x.a), DType::kFloat32, kPanelLanes, 1}, t, kPanelLanes);
+            ask_for({reinterpret_cast<const char*>(pass.x.b), DType::kFloat32, kPanelLanes, 1}, t, kPanelLanes);
+        }
+        if (group.size == kGroup) {
+            terms.r = r + group.first * Dv;
+            terms.du = du + group.first * Dv;
+        } else {
+            terms.r = load_slots(pass, group, rows_of(r), pass.x.r + at);
+            terms.du = load_slots(pass, group, rows_of(du), pass.x.du + at);
+        }
+        return terms;
+    }
+    // The slots of a group as rows in the order of time, Dv floats apart; returns that of slot 0.
+    const float* load_slots(const Pass& pass, const DeltaWalk::Group& group, const Source& x, float* out) const {
+        const int64_t Dv = p_.Dv(), ahead = group.step * kDeltaBlock * kGroup;
+        for (int row = 0; row < kGroup; ++row) {
+            const int j = pass.walk.backward ? kGroup - 1 - row : row;
+            if (j >= group.size) {
+                zero(out + row * Dv, Dv);
+                continue;
+            }
+            ask_for(x, group.token(j) + ahead, Dv);
+            load_row(x, group.token(j), Dv, Dv, out + row * Dv);
+        }
+        return pass.walk.backward ? out + (kGroup - 1) * Dv : out;
+    }
+
+    // u . dout of each token.
+    void note_own(const Pass& pass, int64_t n, const DeltaTerms& terms) const {
+        const DeltaWalk::Group group = pass.walk.group(n);
+        for (int j = 0; j < group.size; ++j) {
+            Vec sum = vzero();
+            each_vector(p_.Dv(), [&](int64_t c, int lanes) {
+                sum = vfma(vload_n(terms.r + j * terms.step + c, lanes),
+                           vload_n(terms.dout + j * terms.step + c, lanes), sum);
+            });
+            pass.x.own[group.token(j)] = beta(pass.head, group.token(j)) * vsum(sum);
+        }
+    }
+
+    float* kept(float* x, int64_t t, int64_t at) const { return x + t * kPanelLanes + at * kDeltaLanes; }
+    float* state(const Buffers& x, int64_t at) const { return x.state + at * p_.Dv() * kDeltaLanes; }
+    // The running sum starts again at the last token of the last group, counted on in time, of kDeltaRestart tokens.
+    static bool restarts(const DeltaWalk& walk, int64_t i) {
+        return i + 1 == walk.count || walk.start[i + 1] / kDeltaRestart > walk.start[i] / kDeltaRestart;
+    }
+    float* end(const Pass& pass, int64_t i, int64_t at) const {
+        return pass.x.ends + (pass.walk.start[i] / kDeltaRestart * kDeltaPanel + at) * p_.Dv() * kDeltaLanes;
+    }
+
+    template <bool fades>
+    void advance(const Pass& pass, int64_t n, const DeltaTerms& terms, const LaneFade& fade, int64_t at) const {
+        const DeltaWalk::Group group = pass.walk.group(n);
+        GroupLanes key, a, b;
+        FASTATTN_UNROLL for (int j = 0; j < kGroup; ++j) {
+            const Vec factor = vset(j < group.size ? beta(pass.head, group.token(j)) : 0);
+            FASTATTN_UNROLL for (int v = 0; v < kDeltaVecs; ++v) {
+                key[j][v] = vmul(factor, vload(panel_lanes(pass.x.k, n, at, j, v)));
+                if (fades) key[j][v] = vmul(key[j][v], fade.of[v].inverse[j]);
+            }
+        }
+        if (ddecay_ && restarts(pass.walk, n)) keep(terms, group.size, fade, key, state(pass.x, at), end(pass, n, at));
+        delta_scan<fades, false>(p_.Dv(), state(pass.x, at), terms, fade, key, key, a, b);
+        for (int j = 0; j < group.size; ++j) {
+            FASTATTN_UNROLL for (int v = 0; v < kDeltaVecs; ++v) {
+                vstore(kept(pass.x.a, group.token(j), at) + v * W, a[j][v]);
+                vstore(kept(pass.x.b, group.token(j), at) + v * W, b[j][v]);
+            }
+        }
+    }
+
+    // S' of the last token of a group: the state without what that token adds.
+    void keep(const DeltaTerms& terms, int size, const LaneFade& fade, const GroupLanes& key, const float* from,
+              float* to) const {
+        for (int64_t r = 0; r < p_.Dv(); ++r) {
+            FASTATTN_UNROLL for (int v = 0; v < kDeltaVecs; ++v) {
+                Vec sum = vmul(fade.of[v].factor, vload(from + r * kDeltaLanes + v * W));
+                for (int j = 0; j < size - 1; ++j) sum = vfma(vset(terms.r[j * terms.step + r]), key[j][v], sum);
+                vstore(to + r * kDeltaLanes + v * W, vmul(fade.of[v].past[size - 1], sum));
+            }
+        }
+    }
+
+    template <bool fades>
+    void retreat(const Pass& pass, int64_t n, const DeltaTerms& terms, const LaneFade& fade, int64_t tile,
+                 int64_t at) const {
+        const int64_t i = pass.walk.count - 1 - n;
+        const DeltaWalk::Group group = pass.walk.group(n);
+        const bool restarted = ddecay_ && restarts(pass.walk, i);
+        if (restarted) restart(pass, fade, i, at);
+        const Vec scale = vset(static_cast<float>(p_.scale));
+        GroupLanes q, k, query, key, e, none;
+        FASTATTN_UNROLL for (int j = 0; j < kGroup; ++j) {
+            const Vec minus = vset(j < group.size ? -beta(pass.head, group.token(j)) : 0);
+            FASTATTN_UNROLL for (int v = 0; v < kDeltaVecs; ++v) {
+                q[j][v] = vmul(scale, vload(panel_lanes(pass.x.q, n, at, j, v)));
+                k[j][v] = vload(panel_lanes(pass.x.k, n, at, j, v));
+                query[j][v] = fades ? vmul(q[j][v], fade.of[v].inverse[j]) : q[j][v];
+                key[j][v] = vmul(minus, fades ? vmul(k[j][v], fade.of[v].inverse[j]) : k[j][v]);
+            }
+        }
+        delta_scan<fades, true>(p_.Dv(), state(pass.x, at), terms, fade, query, key, e, none);
+        for (int j = 0; j < group.size; ++j) {
+            const int64_t t = group.token(j);
+            const Vec own = vset(pass.x.own[t]), factor = vset(beta(pass.head, t));
+            Vec total = vzero();
+            FASTATTN_UNROLL for (int v = 0; v < kDeltaVecs; ++v) {
+                const Vec a = vload(kept(pass.x.a, t, at) + v * W), b = vload(kept(pass.x.b, t, at) + v * W);
+                vstore(panel_lanes(pass.x.dq, n, at, j, v), vfma(own, k[j][v], a));
+                vstore(panel_lanes(pass.x.dk, n, at, j, v), vfma(own, q[j][v], vmul(factor, vsub(e[j][v], b))));
+                if (!ddecay_) continue;
+                const Vec seen = restarted && j == 0 ? b : vadd(e[j][v], b);
+                const Vec term = vsub(vmul(q[j][v], a), vmul(k[j][v], vmul(factor, seen)));
+                const Vec sum = accumulate(pass.x.sums + (at * kDeltaVecs + v) * 2 * W, term);
+                vstore(panel_lanes(pass.x.ddecay, n, at, j, v), sum);
+                total = vadd(total, sum);
+            }
+            if (ddecay_ && !p_.vector_decay()) {
+                const int64_t slice = pass.head.h * k_tiles_ + tile;
+                *reinterpret_cast<float*>(ddecay_.slices().row(pass.head.b, slice, pass.head.first + t)) = vsum(total);
+            }
+        }
+    }
+
+    // A running sum in two floats a lane, sum[0] + sum[1].
+    static Vec accumulate(float* sum, Vec term) {
+        const Vec high = vload(sum), next = vadd(high, term), part = vsub(next, high);
+        const Vec lost = vadd(vsub(high, vsub(next, part)), vsub(term, part));
+        const Vec low = vadd(vload(sum + W), lost);
+        vstore(sum, next);
+        vstore(sum + W, low);
+        return vadd(next, low);
+    }
+
+    // <S', dS*> of each lane at the last token of group i, to which dS* is what comes from later ones.
+    void restart(const Pass& pass, const LaneFade& fade, int64_t i, int64_t at) const {
+        const float *s = end(pass, i, at), *ds = state(pass.x, at);
+        FASTATTN_UNROLL for (int v = 0; v < kDeltaVecs; ++v) {
+            Vec sum = vzero();
+            for (int64_t r = 0; r < p_.Dv(); ++r) {
+                sum = vfma(vload(s + r * kDeltaLanes + v * W), vload(ds + r * kDeltaLanes + v * W), sum);
+            }
+            float* to = pass.x.sums + (at * kDeltaVecs + v) * 2 * W;
+            vstore(to, vmul(sum, fade.of[v].factor));
+            vstore(to + W, vzero());
+        }
+    }
+
+    // kv [D][Dv] as [tile][Dv][kDeltaLanes]; null is zero.
+    void load_transposed(const float* kv, int64_t first, int64_t last, float* x) const {
+        const int64_t D = p_.D(), Dv = p_.Dv();
+        for (int64_t c = first * kDeltaLanes; c < last * kDeltaLanes; ++c) {
+            float* lane = x + (c / kDeltaLanes - first) * Dv * kDeltaLanes + c % kDeltaLanes;
+            for (int64_t r = 0; r < Dv; ++r) lane[r * kDeltaLanes] = kv && c < D ? kv[c * Dv + r] : 0;
+        }
+    }
+
+    const LinearGradients& g_;
+    const float *du_, *marks_;
+    const int64_t k_tiles_, panels_;
+    const HeadGradient dq_, dk_, ddecay_;
+};
+
+}  // namespace
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

@@ -1,0 +1,212 @@
+"""linear_attention_step: token by token it is the whole call, in place, without a gradient."""
+
+import pytest
+import torch
+from harness import BF16, DEVICE, FP16, FP32, FP64, all_backends
+from linear_harness import DELTA, LinearCase, attend, expect, make, need, problem
+
+import fastattn
+from fastattn.params import LinearState
+from fastattn.testing import LAYOUTS, max_error, relayout
+
+CASES = [
+    LinearCase(**{"L": 21, "D": 8, "state": True, **options})
+    for options in (
+        {}, {"decay": "h"}, {"decay": "bhl"}, {"decay": "bhld"}, {"normalize": False, "decay": "bhl"}, {"feature_map": "relu", "decay": "bhld"},
+        {"feature_map": "identity"}, {"feature_map": "identity", "decay": "h"}, {"feature_map": "identity", "decay": "bhld", "scale": -0.3},
+        {"feature_map": "taylor1", "decay": "h"}, {"feature_map": "taylor2", "D": 5}, DELTA, {**DELTA, "decay": "h"},
+        {**DELTA, "decay": "bhl"}, {**DELTA, "decay": "bhld"}, {"Hq": 4, "Hk": 1, "Hv": 2, "decay": "bhl"}, {**DELTA, "Hk": 1, "Hv": 4},
+        {"D": 33, "Dv": 17, "decay": "bhl"}, {"D": 128, "Dv": 130, "decay": "bhl", "L": 6}, {**DELTA, "D": 128, "Dv": 128, "L": 6}, {"state": False},
+    )
+]  # fmt: skip
+
+
+def state_of(inputs, case):
+    """A copy that a step may overwrite."""
+    if inputs.kv is not None:
+        return LinearState(inputs.kv.clone(), None if inputs.z is None else inputs.z.clone())
+    N, Hs, F, Dv = inputs.dkv.shape
+    wide = inputs.dkv.dtype
+    state = LinearState.zeros(
+        N, Hs, case.D, Dv, feature_map=case.feature_map, normalize=case.normalize, dtype=wide, device=DEVICE
+    )
+    assert state.kv.shape == (N, Hs, F, Dv)
+    return state
+
+
+def steps(inputs, case, backend, state):
+    """out of all tokens, one step at a time, or a skip with the backend's refusal."""
+    options = {name: value for name, value in case.options().items() if name not in ("causal", "chunk_size")}
+    outs = []
+    for t in range(inputs.q.shape[2]):
+        gates = {"decay": inputs.decay, "beta": inputs.beta}
+        gates = {n: g if g.dim() == 1 else g[:, :, t : t + 1] for n, g in gates.items() if g is not None}
+        token = (x[:, :, t : t + 1] for x in inputs[:3])
+        try:
+            outs.append(fastattn.linear_attention_step(*token, state, **gates, **options, backend=backend))
+        except fastattn.UnsupportedError as refusal:
+            pytest.skip(str(refusal).splitlines()[0])
+    return torch.cat(outs, 2)
+
+
+def close(found, golden, low, magnitude, what):
+    """Another order of additions: a few times what the token-by-token reference itself is off, and roundings."""
+    eps = {FP16: 2**-11, BF16: 2**-8}.get(found.dtype, torch.finfo(FP32).eps)
+    limit = 4 * max_error(low, golden) + 2e-6 * float(magnitude.abs().max()) + eps * float(golden.abs().max())
+    assert max_error(found, golden) <= limit, what
+
+
+@all_backends
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_steps_are_the_whole(case, backend):
+    inputs, (golden, low, magnitude) = problem(case, FP32)
+    state = state_of(inputs, case)
+    pointers = state.kv.data_ptr(), None if state.z is None else state.z.data_ptr()
+    out = steps(inputs, case, backend, state)
+    assert (state.kv.data_ptr(), None if state.z is None else state.z.data_ptr()) == pointers
+    close(out, golden.out, low.out, magnitude.out, "out")
+    close(state.kv, golden.kv, low.kv, magnitude.kv, "kv")
+    if state.z is not None:
+        close(state.z, golden.z, low.z, magnitude.z, "z")
+
+
+@all_backends
+@pytest.mark.parametrize("dtype", (BF16, FP16, FP64), ids=("bfloat16", "float16", "float64"))
+@pytest.mark.parametrize("case", [CASES[2], CASES[4], CASES[10], CASES[13], CASES[15]], ids=str)
+def test_dtypes(case, dtype, backend):
+    inputs, (golden, low, magnitude) = problem(case, dtype)
+    state = state_of(inputs, case)
+    out = steps(inputs, case, backend, state)
+    assert out.dtype == dtype and state.kv.dtype == (FP64 if dtype == FP64 else FP32)
+    if dtype == FP64:
+        assert max_error(out, golden.out) < 1e-11 and max_error(state.kv, golden.kv) < 1e-11
+        return
+    close(out, golden.out, low.out, magnitude.out, "out")
+    close(state.kv, golden.kv, low.kv, magnitude.kv, "kv")
+
+
+@all_backends
+@pytest.mark.parametrize("case", [CASES[2], CASES[10], CASES[13]], ids=str)
+def test_prefill_then_steps(case, backend):
+    """The state a whole call returns is the one a step takes."""
+    inputs, (golden, low, magnitude) = problem(case, FP32)
+    need(backend, inputs, **case.options())
+
+    def cut(begin, end):
+        return inputs._replace(**{
+            n: getattr(inputs, n)[:, :, begin:end] for n in ("q", "k", "v", "decay", "beta") if getattr(inputs, n) is not None
+        })  # fmt: skip
+
+    first = attend(cut(0, 13), backend, grad=False, **case.options())
+    state = LinearState(first.kv, first.z)
+    out = torch.cat((first.out, steps(cut(13, 21), case, backend, state)), 2)
+    close(out, golden.out, low.out, magnitude.out, "out")
+    close(state.kv, golden.kv, low.kv, magnitude.kv, "kv")
+
+
+@all_backends
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "expanded"])
+def test_layouts(layout, backend):
+    """q, k, v strided; the state is contiguous, and said to be where it is not."""
+    for case in (
+        LinearCase(L=3, D=8, state=True, decay="bhld"),
+        LinearCase(**DELTA, L=3, D=8, state=True, decay="bhl"),
+    ):
+        inputs = make(case, FP32)
+        expected = expect(inputs, case)
+        strided = inputs._replace(**{n: relayout(getattr(inputs, n), layout) for n in ("q", "k", "v")})
+        state = state_of(inputs, case)
+        out = steps(strided, case, backend, state)
+        close(out, expected.golden.out, expected.low.out, expected.magnitude.out, "out")
+
+
+@all_backends
+def test_bare_kv_is_advanced_in_place(backend):
+    case = LinearCase(**DELTA, L=4, state=True)
+    inputs, (golden, *_) = problem(case, FP32)
+    kv = inputs.kv.clone()
+    steps(inputs, case, backend, kv)
+    assert max_error(kv, golden.kv) < 1e-5
+
+
+@all_backends
+def test_empty_batches_and_heads(backend):
+    for dims in ({"B": 0}, {"Hq": 0, "Hk": 0, "Hv": 0}, {"Dv": 0}):
+        case = LinearCase(L=1, state=True, **dims)
+        inputs = make(case, FP32)
+        out = steps(inputs, case, backend, state_of(inputs, case))
+        assert out.shape == (case.B, case.Hq, 1, case.Dv)
+
+
+@all_backends
+@pytest.mark.parametrize("name", ["q", "k", "v", "decay", "beta", "kv"])
+def test_refuses_gradients(name, backend):
+    """Whatever asks for one; under no_grad it runs, and the state it overwrote is right."""
+    case = LinearCase(**DELTA, L=1, decay="bhl", state=True)
+    inputs = make(case, FP32)
+    need(backend, inputs, **case.options())
+    x = inputs._replace(kv=inputs.kv.clone())
+    x = x._replace(**{name: getattr(x, name).clone().requires_grad_()})
+    arguments = {"feature_map": "identity", "decay": x.decay, "beta": x.beta, "backend": backend}
+    with pytest.raises(RuntimeError, match="no_grad.*linear_attention"):
+        fastattn.linear_attention_step(*x[:3], LinearState(x.kv), **arguments)
+    assert torch.equal(x.kv, inputs.kv)
+    with torch.no_grad():
+        fastattn.linear_attention_step(*x[:3], LinearState(x.kv), **arguments)
+    with torch.inference_mode():
+        fastattn.linear_attention_step(*x[:3], LinearState(x.kv.detach().clone()), **arguments)
+    assert not torch.equal(x.kv, inputs.kv)
+
+
+def test_refusals_leave_the_state_alone():
+    inputs = make(LinearCase(L=1, state=True), FP32)
+    state = LinearState(inputs.kv.clone(), inputs.z.clone())
+    two = make(LinearCase(L=2), FP32)
+    calls = {
+        "one token.*linear_attention": lambda: fastattn.linear_attention_step(*two[:3], state),
+        "contiguous": lambda: fastattn.linear_attention_step(*inputs[:3], LinearState(state.kv.mT.contiguous().mT, state.z)),
+        "state.kv": lambda: fastattn.linear_attention_step(*inputs[:3], LinearState(state.kv[:, :1], state.z)),
+        "float32": lambda: fastattn.linear_attention_step(*inputs[:3], LinearState(state.kv.double(), state.z)),
+        " z ": lambda: fastattn.linear_attention_step(*inputs[:3], state.kv),
+    }  # fmt: skip
+    for message, call in calls.items():
+        with pytest.raises((TypeError, ValueError), match=message):
+            call()
+    with pytest.raises(NotImplementedError, match="vmap"):
+        torch.func.vmap(lambda q: fastattn.linear_attention_step(q, *inputs[1:3], state))(inputs.q[None])
+    assert torch.equal(state.kv, inputs.kv) and torch.equal(state.z, inputs.z)
+
+
+def test_shared_memory_of_an_expanded_state_is_refused():
+    """A state of stride 0 over the batch cannot be advanced in place."""
+    inputs = make(LinearCase(L=1, feature_map="identity", state=True), FP32)
+    state = LinearState(inputs.kv[:1].expand(2, -1, -1, -1))
+    with pytest.raises(ValueError, match="contiguous"):
+        fastattn.linear_attention_step(*inputs[:3], state, feature_map="identity")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [CASES[2], CASES[13]], ids=str)
+def test_a_step_replays_in_a_cuda_graph(case):
+    inputs = make(case, FP32, device="cuda")
+    state, expected = (LinearState(inputs.kv.clone(), None if inputs.z is None else inputs.z.clone()) for _ in range(2))
+    options = {n: value for n, value in case.options().items() if n != "causal"}
+    gates = {"decay": inputs.decay[:, :, :1].contiguous()} | (
+        {"beta": inputs.beta[:, :, :1].contiguous()} if case.beta else {}
+    )
+    token = [x[:, :, :1].contiguous() for x in inputs[:3]]
+
+    def step(state):
+        return fastattn.linear_attention_step(*token, state, **gates, **options)
+
+    for _ in range(3):
+        step(LinearState(*(None if t is None else t.clone() for t in state)))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step(state)
+    state.kv.copy_(expected.kv)
+    if state.z is not None:
+        state.z.copy_(expected.z)
+    for _ in range(4):
+        graph.replay()
+        assert torch.equal(out, step(expected)) and torch.equal(state.kv, expected.kv)
