@@ -164,6 +164,8 @@ void forward(py::handle tensors, py::handle out, py::handle kv, py::handle z, py
     p.out = view_of(out, "out", 4);
     check_out(p, p.out, "out");
     const TensorView kept = saved_view(p, saved, &p.saved);
+    ask_for_large_pages(p.out);
+    ask_for_large_pages(kept);
     refuse_overlap(
         p.out, "out",
         {&p.q, &p.k, &p.v, &p.decay, &p.beta, &p.key_mask, &before.kv, &before.z, &after.kv, &after.z, &kept});
@@ -230,6 +232,7 @@ void backward(py::handle dout, py::handle dkv, py::handle dz, py::handle tensors
     g.dz_in = same(kZ, "dz", before.z ? lifted(before.z) : TensorView(), DType::kFloat32);
     const TensorView* const written[] = {&g.dq, &g.dk, &g.dv, &g.ddecay, &g.dbeta, &g.dkv_in, &g.dz_in};
     for (const TensorView* const& t : written) {
+        ask_for_large_pages(*t);
         refuse_overlap(*t, "a gradient",
                        {&p.q, &p.k, &p.v, &p.decay, &p.beta, &p.key_mask, &p.out, &g.dout, &before.kv, &before.z,
                         &after.kv, &after.z, &kept});

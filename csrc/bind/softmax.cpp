@@ -116,6 +116,7 @@ void forward(py::handle tensors, py::handle out, py::handle lse, py::handle lse_
     p.lse = floats(whole, "lse", {1, p.B(), p.Hq(), p.Lq()});
     p.lse_parts = floats(parts, "lse_parts", {p.B(), p.Hq(), p.Lq(), 2});
     refuse_overlap(p.out, "out", {&p.q, &p.k, &p.v, &p.mask, &p.bias, &whole, &parts});
+    ask_for_large_pages(p.out);
     const py::gil_scoped_release released;
     softmax_forward(p);
 }
@@ -141,6 +142,7 @@ bool plain_forward(py::handle q, py::handle k, py::handle v, py::handle out, py:
     p.lo = -kUnbounded;
     p.hi = causal == 0 ? kUnbounded : causal == 1 ? 0 : p.Lk() - p.Lq();
     p.threads = threads;
+    ask_for_large_pages(p.out);
     const py::gil_scoped_release released;
     softmax_forward(p);
     return true;
@@ -192,6 +194,7 @@ void backward(py::handle dout, py::handle dlse, py::handle tensors, py::handle o
     refuse_overlap(g.dq, "dq", {&g.dk, &g.dv, &g.dbias});
     refuse_overlap(g.dk, "dk", {&g.dv, &g.dbias});
     refuse_overlap(g.dv, "dv", {&g.dbias});
+    for (const TensorView* t : {&g.dq, &g.dk, &g.dv, &g.dbias}) ask_for_large_pages(*t);
     const py::gil_scoped_release released;
     softmax_backward(p, g);
 }

@@ -1,6 +1,9 @@
 #include "tensor.h"
 
 #include <pybind11/gil_safe_call_once.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 namespace py = pybind11;
 
@@ -167,6 +170,24 @@ void refuse_overlap(const TensorView& t, const char* name, std::initializer_list
             refuse(std::string(name) + " shares memory with another tensor of the call");
         }
     }
+}
+
+void ask_for_large_pages(const TensorView& t) {
+#ifdef __linux__
+    constexpr uintptr_t kPage = uintptr_t{2} << 20, kFewest = 16;
+    int64_t span = 1;
+    for (int i = 0; i < 4; ++i) {
+        if (!t || t.size[i] == 0) return;
+        span += (t.size[i] - 1) * t.stride[i];
+    }
+    const uintptr_t at = reinterpret_cast<uintptr_t>(t.data);
+    const uintptr_t first = (at + kPage - 1) / kPage * kPage;
+    const uintptr_t last = (at + static_cast<uintptr_t>(span * element_size(t.dtype))) / kPage * kPage;
+    if (last < first + kFewest * kPage) return;
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+    (void)t;
+#endif
 }
 
 float* floats(const TensorView& t, const char* name, const int64_t (&sizes)[4]) {

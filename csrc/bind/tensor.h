@@ -28,6 +28,10 @@ void refuse_unless_contiguous(const TensorView& t, const char* name);
 // A tensor that is written must have one place for each element, and share none with what is read or written beside it.
 void refuse_overlap(const TensorView& t, const char* name, std::initializer_list<const TensorView*> others);
 
+// Fresh memory is zeroed page by page where it is first written: asks for large pages under a large output, where the
+// system leaves the choice to programs.
+void ask_for_large_pages(const TensorView& t);
+
 // The values of a dense float32 tensor; null stays null.
 float* floats(const TensorView& t, const char* name, const int64_t (&sizes)[4]);
 
