@@ -80,8 +80,9 @@ def linear_backward(dout, dkv, dz, x: LinearTensors, out, saved, params: LinearP
         kv, z = _start(x, params)
         grads: list[Any] = [empty_like_layout(t, t.shape[3]).zero_() for t in x[:3]]
         grads += [None if t is None else t.new_zeros(t.shape) for t in x[3:7]]
-        dkv = torch.zeros_like(kv) if dkv is None else dkv.clone()
-        dz = torch.zeros_like(z) if dz is None else dz.clone()
+        # New and dense: what is left of them is returned as the gradients of the state before the first token.
+        dkv = torch.zeros_like(kv) if dkv is None else torch.empty_like(kv).copy_(dkv)
+        dz = torch.zeros_like(z) if dz is None else torch.empty_like(z).copy_(dz)
         backward = _causal_backward if params.causal else _whole_backward
         backward(dout, dkv, dz, x, kv, z, params, grads)
         # What is left has flowed to the state before the first token.

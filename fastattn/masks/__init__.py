@@ -47,7 +47,7 @@ __all__ = [
     "window",
 ]
 
-# Imported when first asked for: two thirds of the time that `import fastattn` would take.
+# Imported when first asked for: `import fastattn` is quick, and most programs use few of them.
 _HOMES = {
     "convert": ("from_causal_bias", "from_dense", "from_flash", "from_padding_mask"),
     "flex": ("from_flex",),

@@ -140,7 +140,7 @@ def linear_attention_step(
         The others as in `linear_attention`, with the values the state was made with.
 
     Returns:
-        out [B, max(Hq, H), 1, Dv]. Nothing is allocated but out, and nothing waits for the device.
+        out [B, max(Hq, H), 1, Dv]. Nothing waits for the device; on triton nothing is allocated but out.
 
     Raises:
         As `linear_attention`; RuntimeError where a gradient would be recorded: the state is overwritten.
