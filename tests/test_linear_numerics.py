@@ -182,6 +182,25 @@ def test_131072_tokens_in_closed_form(values, backend):
 
 
 @fast_backends
+@pytest.mark.parametrize("feature_map", ["identity", "elu1"])
+def test_the_promise_at_131072_tokens_without_decay(feature_map, backend, request):
+    """RMS error <= 2e-6 of fp64, out and gradients, however long the sum."""
+    if backend == "native":
+        reason = "a float32 state rounded at every token: 5e-6 to 6e-6"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+    tensors = [randn((1, 1, 131072, 8), FP32, seed).to(DEVICE) for seed in range(4)]
+
+    def run(backend, dtype):
+        q, k, v, dout = (t.to(dtype).requires_grad_() for t in tensors)
+        out = fastattn.linear_attention(q, k, v, feature_map=feature_map, chunk_size=256, backend=backend)
+        return [out, *torch.autograd.grad(out, (q, k, v), dout)]
+
+    need(backend, make(LinearCase(), FP32))
+    for found, exact in zip(run(backend, FP32), run("eager", FP64)):
+        assert rms_ratio(found, exact) <= RMS[FP32]
+
+
+@fast_backends
 def test_running_mean_of_131072_tokens(backend):
     """relu(1) keys, one feature: normalised out is the mean of v so far; its gradient the tail of 1 / t."""
     L = 131072
@@ -316,7 +335,7 @@ def test_fp16_sums_do_not_overflow_inside(backend):
 
 
 @all_backends
-def test_many_values_of_the_reference_are_not_needed_twice(backend):
+def test_inputs_are_left_as_they_were(backend):
     """The saved inputs of a call are read, never written: leaves are bit for bit what they were."""
     case = LinearCase(**DELTA, L=33, decay="bhl", state=True)
     inputs = make(case, FP32)

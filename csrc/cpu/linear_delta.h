@@ -262,9 +262,19 @@ class DeltaWork : protected LinearWork {
         const double work = static_cast<double>(heads() * p_.Lk() * p_.D()) * static_cast<double>(p_.Dv());
         return work < kLinearSerialWork ? 1 : p_.threads;
     }
-    // Heads are enough tasks as a rule; where they are not, each is cut into ranges of its tiles.
-    int64_t parts(int64_t tiles) const {
-        return most<int64_t>(1, least(tiles, heads() && heads() < threads() ? ceil_div(threads(), heads()) : 1));
+    // body(head, buffers, first, last) for the tiles [first, last) of every head. Heads are enough tasks as a rule;
+    // where they are not, each is cut into ranges of its tiles.
+    template <class Body>
+    void each_part(Body&& body) const {
+        const int64_t wanted = heads() && heads() < threads() ? ceil_div(threads(), heads()) : 1;
+        const int64_t parts = most<int64_t>(1, least(tiles_, wanted)), tiles = ceil_div(tiles_, parts);
+        Arena size(nullptr);
+        place(size, tiles);
+        run_tasks(threads(), heads() * parts, size.used(), [&](int64_t task, float* memory) {
+            const int64_t part = task % parts;
+            Arena arena(memory);
+            body(head_of(task / parts), place(arena, tiles), part * tiles_ / parts, (part + 1) * tiles_ / parts);
+        });
     }
 
     // The tokens of a group as [kGroup][stride] floats, zero past `cols` and where there is no token.

@@ -23,15 +23,7 @@ class DeltaBackward : DeltaWork {
           dkv_(g.dkv_in, p.H()) {}
 
     void run() const {
-        const int64_t count = parts(tiles_), tiles = ceil_div(tiles_, count);
-        Arena size(nullptr);
-        place(size, tiles);
-        run_tasks(threads(), heads() * count, size.used(), [&](int64_t task, float* memory) {
-            const int64_t part = task % count;
-            Arena arena(memory);
-            const Buffers x = place(arena, tiles);
-            const LinearHead head = head_of(task / count);
-            const int64_t first = part * tiles_ / count, last = (part + 1) * tiles_ / count;
+        each_part([&](const LinearHead& head, const Buffers& x, int64_t first, int64_t last) {
             p_.decay ? values<true>(head, x, first, last) : values<false>(head, x, first, last);
         });
         for (const HeadGradient* gradient : {&dv_, &dbeta_, &dkv_}) gradient->sum_heads(threads());

@@ -11,15 +11,7 @@ class DeltaForward : DeltaWork {
     explicit DeltaForward(const LinearParams& p) : DeltaWork(p) {}
 
     void run() const {
-        const int64_t count = parts(tiles_), tiles = ceil_div(tiles_, count);
-        Arena size(nullptr);
-        place(size, tiles);
-        run_tasks(threads(), heads() * count, size.used(), [&](int64_t task, float* memory) {
-            const int64_t part = task % count;
-            Arena arena(memory);
-            const Buffers x = place(arena, tiles);
-            const LinearHead head = head_of(task / count);
-            const int64_t first = part * tiles_ / count, last = (part + 1) * tiles_ / count;
+        each_part([&](const LinearHead& head, const Buffers& x, int64_t first, int64_t last) {
             p_.decay ? attend<true>(head, x, first, last) : attend<false>(head, x, first, last);
         });
     }
