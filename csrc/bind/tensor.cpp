@@ -175,14 +175,9 @@ void refuse_overlap(const TensorView& t, const char* name, std::initializer_list
 void ask_for_large_pages(const TensorView& t) {
 #ifdef __linux__
     constexpr uintptr_t kPage = uintptr_t{2} << 20, kFewest = 16;
-    int64_t span = 1;
-    for (int i = 0; i < 4; ++i) {
-        if (!t || t.size[i] == 0) return;
-        span += (t.size[i] - 1) * t.stride[i];
-    }
-    const uintptr_t at = reinterpret_cast<uintptr_t>(t.data);
-    const uintptr_t first = (at + kPage - 1) / kPage * kPage;
-    const uintptr_t last = (at + static_cast<uintptr_t>(span * element_size(t.dtype))) / kPage * kPage;
+    if (!t || is_empty(t)) return;
+    const uintptr_t first = (reinterpret_cast<uintptr_t>(t.data) + kPage - 1) / kPage * kPage;
+    const uintptr_t last = reinterpret_cast<uintptr_t>(end_of(t)) / kPage * kPage;
     if (last < first + kFewest * kPage) return;
     madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #else

@@ -1,4 +1,4 @@
-"""Launch choices of linear attention as pure functions: chunk length and tile sizes. Tuned offline."""
+"""Launch choices of linear attention as pure functions: chunk length and tile sizes. Chosen from compiled code, untuned."""
 
 from typing import NamedTuple, Optional
 

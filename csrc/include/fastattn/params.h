@@ -3,7 +3,11 @@
 #include <cstdint>
 
 // Shared inline functions are compiled once per ISA; inlined always, no copy for one ISA can serve another.
+#ifdef __CUDACC__
+#define FASTATTN_INLINE __host__ __device__ __forceinline__
+#else
 #define FASTATTN_INLINE inline __attribute__((always_inline))
+#endif
 // Unrolled early, arrays of vectors are registers from the start; else GCC gives them a home on the stack as well.
 #define FASTATTN_UNROLL _Pragma("GCC unroll 16")
 
@@ -72,7 +76,8 @@ struct SoftmaxParams {
     int64_t lo, hi;  // key j is visible to query i only if lo <= j - i <= hi; +-kUnbounded
     double dropout_p;
     uint64_t seed, offset;
-    int threads;
+    const uint64_t* rng;  // [2], CUDA only: seed and offset where the kernels read them, in place of the two above
+    int threads;          // CPU only
 
     FASTATTN_INLINE int64_t B() const { return q.size[0]; }
     FASTATTN_INLINE int64_t Hq() const { return q.size[1]; }
