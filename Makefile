@@ -27,12 +27,12 @@ lint: $(VENV)/.tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run -Werror
+	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run -Werror
 
 format: $(VENV)/.tools
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format -i
+	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format -i
 
 # The sanitized library goes into a second copy of the package, which PYTHONPATH puts in front of the editable one.
 # No detect_stack_use_after_return: before GCC 14 its frames are misaligned for 512-bit vectors. pytest must
@@ -46,7 +46,7 @@ sanitize: $(SANITIZED)/.installed
 install: $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info fastattn/_C.*.so fastattn/_build_info.json
+	rm -rf $(VENV) build dist *.egg-info fastattn/*.so fastattn/_build_info.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Without ensurepip (Debian without python3-venv) the outer pip fills the new environment.

@@ -1,4 +1,4 @@
-"""Builds the native library with CMake and maps kernels/ and bench/ into the package. No network, no torch."""
+"""Builds the native libraries with CMake and maps kernels/ and bench/ into the package. No network, no torch."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "cpu", "cuda", "none")
 RECORD = "_build_info.json"
+CUDA_LIBRARY = "libfastattn_cuda.so"
+CUDA_ARCHS = ("80", "86", "89", "90a", "100", "120")
 
 
 def find_compiler() -> tuple[str | None, str]:
@@ -39,20 +41,61 @@ def find_compiler() -> tuple[str | None, str]:
 
 
 def choose_mode() -> tuple[str, str]:
-    """("cpu" | "none", reason) from FASTATTN_BUILD and what the machine has."""
+    """("cpu" | "cuda" | "none", reason) from FASTATTN_BUILD and what the machine has."""
     wanted = os.environ.get("FASTATTN_BUILD", "auto")
     if wanted not in MODES:
         raise SystemExit(f"FASTATTN_BUILD must be one of {', '.join(MODES)}, got {wanted!r}")
-    if wanted == "cuda":
-        raise SystemExit("FASTATTN_BUILD=cuda: there are no CUDA kernels in this version; use auto, cpu or none")
     if wanted == "none":
         return "none", "FASTATTN_BUILD=none"
     compiler, problem = find_compiler()
-    if compiler:
-        return "cpu", f"FASTATTN_BUILD={wanted}"
-    if wanted == "cpu":
-        raise SystemExit(f"FASTATTN_BUILD=cpu: {problem}")
-    return "none", problem
+    if compiler is None:
+        if wanted != "auto":
+            raise SystemExit(f"FASTATTN_BUILD={wanted}: {problem}")
+        return "none", problem
+    if wanted == "cuda" and find_nvcc() is None:
+        raise SystemExit(
+            "FASTATTN_BUILD=cuda: no nvcc found (looked at CUDACXX, else nvcc on PATH and in /usr/local/cuda/bin)"
+        )
+    if wanted == "cuda" or (wanted == "auto" and find_nvcc() and device_archs()):
+        return "cuda", f"FASTATTN_BUILD={wanted}"
+    return "cpu", f"FASTATTN_BUILD={wanted}"
+
+
+def find_nvcc() -> str | None:
+    names = [os.environ["CUDACXX"]] if os.environ.get("CUDACXX") else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+def device_archs() -> list[str]:
+    """Targets of the GPUs of this machine: ["90a"]."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    if shutil.which(query[0]) is None:
+        return []
+    answer = subprocess.run(query, capture_output=True, text=True)
+    found = {line.strip().replace(".", "") for line in answer.stdout.splitlines()} if answer.returncode == 0 else set()
+    return sorted("90a" if arch == "90" else arch for arch in found if arch.isdigit() and int(arch) >= 80)
+
+
+def cuda_archs() -> list[str]:
+    """FASTATTN_CUDA_ARCHS ("80;90a", "native"); without it those of this machine's GPUs, or all that nvcc knows."""
+    wanted = os.environ.get("FASTATTN_CUDA_ARCHS", "native" if device_archs() else "")
+    if wanted == "native":
+        archs = device_archs()
+        if not archs:
+            raise SystemExit("FASTATTN_CUDA_ARCHS=native: nvidia-smi lists no GPU of compute capability >= 8.0")
+        return archs
+    known = subprocess.run(
+        [find_nvcc() or "nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True
+    ).stdout
+    if not wanted:
+        return [arch for arch in CUDA_ARCHS if f"compute_{arch.removesuffix('a')}" in known.split()]
+    archs = wanted.split(";")
+    for arch in archs:
+        if f"compute_{arch.removesuffix('a')}" not in known.split() or not arch.removesuffix("a").isdigit():
+            raise SystemExit(
+                f"FASTATTN_CUDA_ARCHS={wanted}: this nvcc does not know {arch!r}; it knows {known.split()}"
+            )
+    return archs
 
 
 def announce_pure_python(reason: str) -> None:
@@ -110,14 +153,20 @@ class BuildExtension(build_ext):
             "FASTATTN_MODULE_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
             "FASTATTN_SANITIZE": "ON" if sanitize else "OFF",
         }
+        if MODE == "cuda":
+            options |= {"CMAKE_CUDA_COMPILER": find_nvcc(), "FASTATTN_CUDA_ARCHS": ";".join(cuda_archs())}
         defines = [f"-D{key}={value}" for key, value in options.items()]
         extra = os.environ.get("CMAKE_ARGS", "").split()
         subprocess.run([tool("cmake"), "-G", "Ninja", "-S", ROOT, "-B", build, *defines, *extra], check=True)
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         subprocess.run([tool("cmake"), "--build", build, "-j", jobs], check=True)
         folder = ROOT / "fastattn" if self.editable_mode else target.parent
+        if self.editable_mode:  # setuptools copies the extension modules it knows of
+            (folder / CUDA_LIBRARY).unlink(missing_ok=True)
+            if MODE == "cuda":
+                shutil.copy2(target.parent / CUDA_LIBRARY, folder)
         record = json.loads((build / "build_info.json").read_text())
-        write_record(folder, {"mode": "cpu", "reason": REASON, **record})
+        write_record(folder, {"mode": MODE, "reason": REASON, **record})
 
 
 class BuildPython(build_py):

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 from torch import Tensor
 
 def isa() -> str: ...
@@ -82,3 +84,48 @@ def linear_step(
 def peak_fma(threads: int, seconds: float) -> float: ...
 def peak_bf16_dot(threads: int, seconds: float) -> float: ...
 def read_bandwidth(threads: int, bytes: int) -> float: ...
+def cuda_load(path: str, /) -> None: ...
+def cuda_softmax_why_not(
+    tensors: tuple,
+    out: Tensor,
+    scale: float,
+    lo: int | None,
+    hi: int | None,
+    softcap: float,
+    dropout_p: float,
+    launch: tuple[int, int, int, int, bool],
+    /,
+) -> str | None: ...
+def cuda_softmax_forward(
+    tensors: tuple,
+    out: Tensor,
+    lse: Tensor,
+    lse_parts: Tensor | None,
+    scale: float,
+    lo: int | None,
+    hi: int | None,
+    softcap: float,
+    dropout_p: float,
+    launch: tuple[int, int, int, int, bool],
+    allocate: Callable[[int], Tensor],
+    /,
+) -> None: ...
+def cuda_softmax_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    tensors: tuple,
+    out: Tensor,
+    lse_parts: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    dbias: Tensor | None,
+    scale: float,
+    lo: int | None,
+    hi: int | None,
+    softcap: float,
+    dropout_p: float,
+    launch: tuple[int, int, int, int, bool],
+    allocate: Callable[[int], Tensor],
+    /,
+) -> None: ...

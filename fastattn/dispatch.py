@@ -5,16 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from types import ModuleType
 
-from .backends import eager, native, reference, triton
+from .backends import cuda, eager, native, reference, triton
 from .params import Call
 
-BACKENDS: dict[str, ModuleType] = {"native": native, "triton": triton, "eager": eager, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {
+    "native": native,
+    "cuda": cuda,
+    "triton": triton,
+    "eager": eager,
+    "reference": reference,
+}
 ORDER = {
-    "cpu": ("native", "eager", "reference", "triton"),
-    "cuda": ("native", "triton", "eager", "reference"),
+    "cpu": ("native", "eager", "reference", "cuda", "triton"),
+    "cuda": ("cuda", "triton", "eager", "reference", "native"),
 }
 OPT_IN = tuple(name for name, module in BACKENDS.items() if hasattr(module, "why_not_by_default"))
-OTHER_DEVICES = ("eager", "reference", "native", "triton")
+OTHER_DEVICES = ("eager", "reference", "native", "cuda", "triton")
 
 
 class UnsupportedError(RuntimeError):

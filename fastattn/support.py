@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
 
 from . import masks
+from .backends import cuda
 from .dispatch import BACKENDS
 from .params import Call, LinearCall, LinearParams, LinearTensors, SoftmaxCall, SoftmaxParams, SoftmaxTensors
 
-COLUMNS = ("native", "triton", "eager", "reference")
+# The families of kernels of the backend "cuda" are asked one by one, with bfloat16 where a row names no dtype.
+COLUMNS: dict[str, Callable[[Call], list[str]]] = {
+    "native": BACKENDS["native"].why_not,
+    "cuda, sm_90a": cuda.hopper_refuses,
+    "cuda, sm_80 on": cuda.portable_refuses,
+    "triton": BACKENDS["triton"].why_not,
+    "eager": BACKENDS["eager"].why_not,
+    "reference": BACKENDS["reference"].why_not,
+}
 
 
-def _softmax_calls() -> list[tuple[str, Call]]:
-    def call(dtype=torch.float32, D=64, Dv=64, Hq=2, Hk=2, Lq=8, Lk=8, grad=False, tensors=None, **options):
+def _softmax_calls(default: torch.dtype) -> list[tuple[str, Call]]:
+    def call(dtype=default, D=64, Dv=64, Hq=2, Hk=2, Lq=8, Lk=8, grad=False, tensors=None, **options):
         q, k, v = torch.empty(1, Hq, Lq, D), torch.empty(1, Hk, Lk, D), torch.empty(1, Hk, Lk, Dv)
         params = SoftmaxParams(D**-0.5, **options)
         x = SoftmaxTensors(q.to(dtype), k.to(dtype), v.to(dtype), **(tensors or {}))
         return SoftmaxCall(x, params, grad)
 
     return [
-        ("float32", call()),
+        ("float32", call(torch.float32)),
         ("bfloat16", call(torch.bfloat16)),
         ("float16", call(torch.float16)),
         ("float64", call(torch.float64)),
@@ -43,8 +53,8 @@ def _softmax_calls() -> list[tuple[str, Call]]:
     ]
 
 
-def _linear_calls() -> list[tuple[str, Call]]:
-    def call(dtype=torch.float32, B=1, heads=(2, 2, 2), L=8, Lk=None, D=16, fm="elu1", causal=True, grad=False, **more):
+def _linear_calls(default: torch.dtype) -> list[tuple[str, Call]]:
+    def call(dtype=default, B=1, heads=(2, 2, 2), L=8, Lk=None, D=16, fm="elu1", causal=True, grad=False, **more):
         step, tensors = more.pop("step", False), dict(more)
         lengths = (L, Lk or L, Lk or L)
         q, k, v = (torch.empty(B, h, n, D, dtype=dtype) for h, n in zip(heads, lengths))
@@ -56,7 +66,7 @@ def _linear_calls() -> list[tuple[str, Call]]:
     one = {"decay": token[:, :, :1], "beta": -token[:, :, :1], "kv": state["kv"]}
     sequences = torch.tensor([0, 3, 8], dtype=torch.int32)
     return [
-        ("float32", call(grad=True)),
+        ("float32", call(torch.float32, grad=True)),
         ("bfloat16", call(torch.bfloat16, grad=True)),
         ("float16", call(torch.float16, grad=True)),
         ("float64", call(torch.float64, grad=True)),
@@ -89,10 +99,12 @@ def matrix(op: str) -> str:
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     try:
-        lines = ["| | " + " | ".join(COLUMNS) + " |", "|---|" + "---|" * len(COLUMNS)]
-        for name, call in CALLS[op]():
-            answers = ["no" if BACKENDS[backend].why_not(call) else "yes" for backend in COLUMNS]
-            lines.append(f"| {name} | " + " | ".join(answers) + " |")
+        names = [name for name in COLUMNS if op == "softmax" or not name.startswith("cuda")]
+        calls = {name: CALLS[op](torch.bfloat16 if name.startswith("cuda") else torch.float32) for name in names}
+        lines = ["| | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+        for i, (row, _) in enumerate(calls["native"]):
+            answers = ["no" if COLUMNS[name](calls[name][i][1]) else "yes" for name in names]
+            lines.append(f"| {row} | " + " | ".join(answers) + " |")
         return "\n".join(lines)
     finally:
         if before is None:

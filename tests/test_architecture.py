@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "fastattn.backends.eager": ("params", "eager"),
     "fastattn.backends.native": ("params", "_C"),
     "fastattn.backends.triton": ("params", "kernels"),
+    "fastattn.backends.cuda": ("params", "_C"),
     "fastattn.dispatch": ("params", "backends"),
     "fastattn.ops": ("params", "checks", "autograd", "dispatch", "eager", "masks", "ops"),
     "fastattn.nn": ("params", "ops"),

@@ -179,7 +179,7 @@ def test_without_a_compiler_pure_python_installs_and_says_so(checkout, tmp_path)
 @pytest.mark.parametrize(
     ("mode", "options", "message"),
     [
-        ("cuda", {}, "no CUDA kernels in this version"),
+        ("cuda", {"CUDACXX": "/no/such/nvcc"}, "no nvcc found"),
         ("fast", {}, "FASTATTN_BUILD must be one of"),
         ("cpu", {"CXX": "/no/such/compiler"}, "no C++ compiler found"),
     ],

@@ -6,6 +6,7 @@
 namespace py = pybind11;
 
 namespace fastattn {
+void register_cuda(py::module_& m);
 void register_softmax(py::module_& m);
 void register_linear(py::module_& m);
 void register_peak(py::module_& m);
@@ -22,6 +23,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("isa", [] { return fastattn::isa_name(fastattn::current_isa()); }, "instruction set in use");
     m.def("best_isa", [] { return fastattn::isa_name(fastattn::best_isa()); }, "best instruction set of this machine");
     m.def("poison_scratch", &fastattn::poison_scratch, "for tests: new scratch memory holds NaN");
+    fastattn::register_cuda(m);
     fastattn::register_softmax(m);
     fastattn::register_linear(m);
     fastattn::register_plan(m);

@@ -12,8 +12,9 @@ namespace fastattn {
 namespace {
 
 // Contiguous, of this shape (-1: any length of the first dimension), of `dims` dimensions.
-TensorView dense_view(py::handle tensor, const char* name, DType dtype, int dims, int64_t rows, int64_t columns) {
-    const TensorView view = view_as(tensor, name, dims, dtype);
+TensorView dense_view(py::handle tensor, const char* name, DType dtype, int dims, int64_t rows, int64_t columns,
+                      int device = kCpu) {
+    const TensorView view = view_as(tensor, name, dims, dtype, device);
     const int64_t found = dims == 1 ? view.size[3] : view.size[2];
     if ((rows >= 0 && found != rows) || (dims == 2 && view.size[3] != columns)) {
         refuse("malformed plan: " + std::string(name) + " has the wrong shape");
@@ -121,7 +122,7 @@ class Builder {
 
 }  // namespace
 
-TilePlanView plan_view(py::handle plan) {
+TilePlanView plan_view(py::handle plan, int device) {
     if (!py::isinstance<py::tuple>(plan) || py::len(plan) != kFields) refuse("a plan is a TilePlan of fastattn.masks");
     const auto f = py::reinterpret_borrow<py::sequence>(plan);
     TilePlanView view;
@@ -138,11 +139,12 @@ TilePlanView plan_view(py::handle plan) {
         __builtin_mul_overflow(slices, view.k_tiles, &column_lists)) {
         refuse("malformed plan: a size is over 2^63");
     }
-    const TensorView rows = dense_view(f[kRows], "rows", DType::kInt32, 2, -1, 3);
-    const TensorView columns = dense_view(f[kColumns], "columns", DType::kInt32, 2, -1, 3);
-    const TensorView words = dense_view(f[kWords], "words", DType::kInt64, 2, -1, kTile);
+    const TensorView rows = dense_view(f[kRows], "rows", DType::kInt32, 2, -1, 3, device);
+    const TensorView columns = dense_view(f[kColumns], "columns", DType::kInt32, 2, -1, 3, device);
+    const TensorView words = dense_view(f[kWords], "words", DType::kInt64, 2, -1, kTile, device);
     const auto ints = [&](Field field, const char* name, int dims, int64_t size, int64_t width) {
-        return reinterpret_cast<const int32_t*>(dense_view(f[field], name, DType::kInt32, dims, size, width).data);
+        return reinterpret_cast<const int32_t*>(
+            dense_view(f[field], name, DType::kInt32, dims, size, width, device).data);
     };
     view.row_start = ints(kRowStart, "row_start", 1, row_lists + 1, 1);
     view.column_start = ints(kColumnStart, "column_start", 1, column_lists + 1, 1);
@@ -151,7 +153,7 @@ TilePlanView plan_view(py::handle plan) {
     view.rows = reinterpret_cast<const TileRun*>(rows.data);
     view.columns = reinterpret_cast<const TileRun*>(columns.data);
     view.words = reinterpret_cast<const uint64_t*>(words.data);
-    check_plan(view, rows.size[2], columns.size[2], words.size[2]);
+    if (device == kCpu) check_plan(view, rows.size[2], columns.size[2], words.size[2]);
     return view;
 }
 

@@ -12,9 +12,11 @@ namespace {
 
 // Attribute names and dtype objects, made once: looking a tensor up is most of the cost of a small call.
 struct Names {
-    PyObject *is_cpu, *is_neg, *dtype, *shape, *stride, *data_ptr, *dtypes[6];
+    PyObject *is_cpu, *is_cuda, *get_device, *is_neg, *dtype, *shape, *stride, *data_ptr, *dtypes[6];
     Names() {
         is_cpu = PyUnicode_InternFromString("is_cpu");
+        is_cuda = PyUnicode_InternFromString("is_cuda");
+        get_device = PyUnicode_InternFromString("get_device");
         is_neg = PyUnicode_InternFromString("is_neg");
         dtype = PyUnicode_InternFromString("dtype");
         shape = PyUnicode_InternFromString("shape");
@@ -55,6 +57,15 @@ DType dtype_of(py::handle tensor, const char* name) {
                          "; the native kernels take float32, bfloat16, float16, and bool for masks");
 }
 
+void refuse_elsewhere(py::handle tensor, const char* name, int device) {
+    if (device == kCpu) {
+        if (get(tensor, known().is_cpu, name).ptr() != Py_True) refuse(std::string(name) + " must be a CPU tensor");
+    } else if (get(tensor, known().is_cuda, name).ptr() != Py_True ||
+               checked(PyObject_CallMethodNoArgs(tensor.ptr(), known().get_device)).cast<int>() != device) {
+        refuse(std::string(name) + " must be a tensor on cuda:" + std::to_string(device));
+    }
+}
+
 int64_t item(const py::object& tuple, int i) {
     const long long value = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), i));
     if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
@@ -64,10 +75,10 @@ int64_t item(const py::object& tuple, int i) {
 }  // namespace
 
 // All but the dtype, which decides how many bytes an element has.
-static TensorView read_view(py::handle tensor, const char* name, int dims, DType dtype) {
+static TensorView read_view(py::handle tensor, const char* name, int dims, DType dtype, int device) {
     TensorView view;
     view.dtype = dtype;
-    if (get(tensor, known().is_cpu, name).ptr() != Py_True) refuse(std::string(name) + " must be a CPU tensor");
+    refuse_elsewhere(tensor, name, device);
     if (checked(PyObject_CallMethodNoArgs(tensor.ptr(), known().is_neg)).ptr() == Py_True) {
         refuse(std::string(name) + " has the negative bit set; call resolve_neg() on it");
     }
@@ -111,20 +122,20 @@ static TensorView read_view(py::handle tensor, const char* name, int dims, DType
     return view;
 }
 
-TensorView view_of(py::handle tensor, const char* name, int dims, bool optional) {
-    if (!tensor.is_none()) return read_view(tensor, name, dims, dtype_of(tensor, name));
+TensorView view_of(py::handle tensor, const char* name, int dims, bool optional, int device) {
+    if (!tensor.is_none()) return read_view(tensor, name, dims, dtype_of(tensor, name), device);
     if (!optional) refuse(std::string(name) + " is required");
     return TensorView();
 }
 
-TensorView view_as(py::handle tensor, const char* name, int dims, DType dtype) {
+TensorView view_as(py::handle tensor, const char* name, int dims, DType dtype, int device) {
     const py::object found = get(tensor, known().dtype, name);
     const py::handle wanted = known().dtypes[static_cast<int>(dtype)];
     if (!found.is(wanted)) {
         throw py::type_error(std::string(name) + " has dtype " + std::string(py::str(found)) + ", expected " +
                              std::string(py::str(wanted)));
     }
-    return read_view(tensor, name, dims, dtype);
+    return read_view(tensor, name, dims, dtype, device);
 }
 
 std::string text(const TensorView& t) {

@@ -9,12 +9,14 @@
 
 namespace fastattn {
 
+constexpr int kCpu = -1;  // in place of the number of a CUDA device
+
 // Shape, strides, dtype and address of `tensor`, right-aligned in four dimensions; its spans checked in 64 bits.
 // None gives an empty view where `optional`.
-TensorView view_of(pybind11::handle tensor, const char* name, int dims, bool optional = false);
+TensorView view_of(pybind11::handle tensor, const char* name, int dims, bool optional = false, int device = kCpu);
 
 // The same for a tensor that must have this dtype.
-TensorView view_as(pybind11::handle tensor, const char* name, int dims, DType dtype);
+TensorView view_as(pybind11::handle tensor, const char* name, int dims, DType dtype, int device = kCpu);
 
 [[noreturn]] inline void refuse(const std::string& why) { throw pybind11::value_error(why); }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Optional
 
 import torch
@@ -94,14 +95,18 @@ def _backward(dout, dlse, *args):
     *params, needs, backend = options
     with full_precision(x.q):
         grads = [*BACKENDS[backend].softmax_backward(dout, dlse, x, out, parts, SoftmaxParams(*params), needs[:5])]
-        grads.append(_sink_gradient(dout, dlse, x.sinks, out, parts) if needs[5] else None)
+        if needs[5]:
+            natural = parts * math.log(2) if getattr(BACKENDS[backend], "LOG2_PARTS", False) else parts
+            grads.append(_sink_gradient(dout, dlse, x.sinks, out, natural))
+        else:
+            grads.append(None)
     return tuple(_nothing(x.q) if g is None else g for g in grads)
 
 
 def _sink_gradient(dout, dlse, sinks, out, parts) -> Tensor:
     """A sink is one more key with value 0: dsink = -P (rowsum(dout * out) - dlse), P = exp(sink - lse).
 
-    With sinks the parts of lse are a logit and a log on every backend.
+    With sinks the parts of lse are a logit and a log on every backend, some of which count in powers of two.
     """
     top, log = parts.unbind(-1)
     delta = torch.linalg.vecdot(dout.to(parts.dtype), out.to(parts.dtype))

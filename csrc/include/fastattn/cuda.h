@@ -25,22 +25,28 @@ struct CudaCall {
 
 }  // namespace fastattn
 
+#define FASTATTN_EXPORT __attribute__((visibility("default")))
+
 extern "C" {
 
 // kCudaAbi of the library; another number than the caller's means that files of two versions are mixed.
-int fastattn_cuda_abi();
+FASTATTN_EXPORT int fastattn_cuda_abi();
 
 // Device bytes that the call with these params needs as CudaCall::workspace. Launches nothing. `gradients` null:
 // forward.
-int64_t fastattn_cuda_softmax_workspace(const fastattn::SoftmaxParams* params,
-                                        const fastattn::SoftmaxGradients* gradients, const fastattn::CudaCall* call);
+FASTATTN_EXPORT int64_t fastattn_cuda_softmax_workspace(const fastattn::SoftmaxParams* params,
+                                                        const fastattn::SoftmaxGradients* gradients,
+                                                        const fastattn::CudaCall* call);
 
 // Why this family of kernels does not take the call, or null. Text of the calling thread, valid until its next call.
-const char* fastattn_cuda_softmax_why_not(const fastattn::SoftmaxParams* params,
-                                          const fastattn::SoftmaxGradients* gradients, const fastattn::CudaCall* call);
+FASTATTN_EXPORT const char* fastattn_cuda_softmax_why_not(const fastattn::SoftmaxParams* params,
+                                                          const fastattn::SoftmaxGradients* gradients,
+                                                          const fastattn::CudaCall* call);
 
 // Launch on the stream: no allocation, no synchronisation. Null, or what went wrong, naming the kernel and the shapes.
-const char* fastattn_cuda_softmax_forward(const fastattn::SoftmaxParams* params, const fastattn::CudaCall* call);
-const char* fastattn_cuda_softmax_backward(const fastattn::SoftmaxParams* params,
-                                           const fastattn::SoftmaxGradients* gradients, const fastattn::CudaCall* call);
+FASTATTN_EXPORT const char* fastattn_cuda_softmax_forward(const fastattn::SoftmaxParams* params,
+                                                          const fastattn::CudaCall* call);
+FASTATTN_EXPORT const char* fastattn_cuda_softmax_backward(const fastattn::SoftmaxParams* params,
+                                                           const fastattn::SoftmaxGradients* gradients,
+                                                           const fastattn::CudaCall* call);
 }

@@ -76,7 +76,7 @@ struct SoftmaxParams {
     int64_t lo, hi;  // key j is visible to query i only if lo <= j - i <= hi; +-kUnbounded
     double dropout_p;
     uint64_t seed, offset;
-    const uint64_t* rng;  // [2], CUDA only: seed and offset where the kernels read them, in place of the two above
+    const uint64_t* rng;  // [2]: the two above where kernels on a device read them
     int threads;          // CPU only
 
     FASTATTN_INLINE int64_t B() const { return q.size[0]; }
