@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f) $(wildcard kernels/*/__init__.py)
 SANITIZED := build/sanitize/site
 
-.PHONY: test bench lint format sanitize clean install
+.PHONY: test bench lint format sanitize wheel wheels clean install
 .DELETE_ON_ERROR:
 
 # Idle threads that spin would take the cores from the next test.
@@ -42,6 +42,19 @@ sanitize: $(SANITIZED)/.installed
 	ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0:strict_init_order=true:detect_odr_violation=0 \
 	UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 FASTATTN_TEST_BACKENDS=native \
 	PYTHONPATH=$(CURDIR)/$(SANITIZED) $(BIN)/pytest -p no:cacheprovider -p no:faulthandler --capture=sys $(SANITIZE_ARGS)
+
+# One wheel for this machine, with what FASTATTN_BUILD asks for.
+wheel: $(VENV)/.tools
+	rm -rf build/wheel
+	$(PIP) wheel --no-deps --no-build-isolation -w build/wheel .
+	PATH=$(abspath $(BIN)):$$PATH .ci/repair build/wheel/*.whl dist
+
+# All of them, in containers (needs Docker or Podman): the CPU wheels, then those of each CUDA version.
+CUDA_VERSIONS ?= 12.9 13.0
+wheels: $(VENV)/.tools
+	$(BIN)/cibuildwheel --output-dir dist
+	for version in $(CUDA_VERSIONS); do CUDA_VERSION=$$version FASTATTN_LOCAL_VERSION=cu$$(echo $$version | tr -d .) \
+	  $(BIN)/cibuildwheel --config-file .ci/cuda-wheels.toml --output-dir dist || exit 1; done
 
 install: $(VENV)/.installed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import json
 import os
@@ -9,11 +10,13 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Command, Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "cpu", "cuda", "none")
@@ -52,6 +55,8 @@ def choose_mode() -> tuple[str, str]:
         if wanted != "auto":
             raise SystemExit(f"FASTATTN_BUILD={wanted}: {problem}")
         return "none", problem
+    if os.environ.get("FASTATTN_CUDA_LIBRARY") and wanted == "cuda":
+        return "cuda", "FASTATTN_BUILD=cuda, the library of FASTATTN_CUDA_LIBRARY"
     if wanted == "cuda" and find_nvcc() is None:
         raise SystemExit(
             "FASTATTN_BUILD=cuda: no nvcc found (looked at CUDACXX, else nvcc on PATH and in /usr/local/cuda/bin)"
@@ -59,6 +64,10 @@ def choose_mode() -> tuple[str, str]:
     if wanted == "cuda" or (wanted == "auto" and find_nvcc() and device_archs()):
         return "cuda", f"FASTATTN_BUILD={wanted}"
     return "cpu", f"FASTATTN_BUILD={wanted}"
+
+
+def cuda_options() -> dict[str, object]:
+    return {"CMAKE_CUDA_COMPILER": find_nvcc(), "FASTATTN_CUDA_ARCHS": ";".join(cuda_archs())}
 
 
 def find_nvcc() -> str | None:
@@ -134,39 +143,60 @@ class CMakeExtension(Extension):
         super().__init__(name, sources=[])
 
 
+def run_cmake(build: Path, options: dict[str, object]) -> None:
+    options = {"CMAKE_BUILD_TYPE": "Release", "CMAKE_MAKE_PROGRAM": tool("ninja"), **options}
+    defines = [f"-D{key}={value}" for key, value in options.items()]
+    extra = os.environ.get("CMAKE_ARGS", "").split()
+    build.mkdir(parents=True, exist_ok=True)
+    subprocess.run([tool("cmake"), "-G", "Ninja", "-S", ROOT, "-B", build, *defines, *extra], check=True)
+    jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
+    subprocess.run([tool("cmake"), "--build", build, "-j", jobs], check=True)
+
+
 class BuildExtension(build_ext):
     def build_extension(self, ext: Extension) -> None:
         pybind11 = importlib.import_module("pybind11")
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         sanitize = os.environ.get("FASTATTN_SANITIZE") == "1"
+        shared = os.environ.get("FASTATTN_CUDA_LIBRARY")
         kind = "editable" if self.editable_mode else "sanitize" if sanitize else "wheel"
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{kind}"
         if kind == "wheel":  # an isolated build leaves a cache full of paths that are gone
             shutil.rmtree(build, ignore_errors=True)
-        build.mkdir(parents=True, exist_ok=True)
         options = {
-            "CMAKE_BUILD_TYPE": "Release",
-            "CMAKE_MAKE_PROGRAM": tool("ninja"),
-            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(target.parent),
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target.parent,
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "FASTATTN_MODULE_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
             "FASTATTN_SANITIZE": "ON" if sanitize else "OFF",
+            **(cuda_options() if MODE == "cuda" and not shared else {"FASTATTN_CUDA_ARCHS": ""}),
         }
-        if MODE == "cuda":
-            options |= {"CMAKE_CUDA_COMPILER": find_nvcc(), "FASTATTN_CUDA_ARCHS": ";".join(cuda_archs())}
-        defines = [f"-D{key}={value}" for key, value in options.items()]
-        extra = os.environ.get("CMAKE_ARGS", "").split()
-        subprocess.run([tool("cmake"), "-G", "Ninja", "-S", ROOT, "-B", build, *defines, *extra], check=True)
-        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
-        subprocess.run([tool("cmake"), "--build", build, "-j", jobs], check=True)
+        run_cmake(build, options)
         folder = ROOT / "fastattn" if self.editable_mode else target.parent
+        record = json.loads((build / "build_info.json").read_text())
         if self.editable_mode:  # setuptools copies the extension modules it knows of
             (folder / CUDA_LIBRARY).unlink(missing_ok=True)
-            if MODE == "cuda":
-                shutil.copy2(target.parent / CUDA_LIBRARY, folder)
-        record = json.loads((build / "build_info.json").read_text())
+        if MODE == "cuda" and (shared or self.editable_mode):
+            shutil.copy2(shared or target.parent / CUDA_LIBRARY, folder)
+        if MODE == "cuda" and shared:
+            record |= json.loads(Path(shared).with_suffix(".json").read_text())
         write_record(folder, {"mode": MODE, "reason": REASON, **record})
+
+
+class BuildCuda(Command):
+    """The CUDA library alone, which FASTATTN_CUDA_LIBRARY puts into the wheels of all Pythons."""
+
+    user_options = [("build-dir=", "b", "where to build it")]
+
+    def initialize_options(self) -> None:
+        self.build_dir = "build/cuda"
+
+    def finalize_options(self) -> None:
+        pass
+
+    def run(self) -> None:
+        folder = Path(self.build_dir).resolve()
+        run_cmake(folder, {**cuda_options(), "FASTATTN_CUDA_ONLY": "ON", "CMAKE_LIBRARY_OUTPUT_DIRECTORY": folder})
 
 
 class BuildPython(build_py):
@@ -179,6 +209,38 @@ class BuildPython(build_py):
                 stale = ROOT / "fastattn" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
                 stale.unlink(missing_ok=True)
             write_record(ROOT / "fastattn" if self.editable_mode else Path(self.build_lib) / "fastattn", {})
+
+
+class SourceDistribution(sdist):
+    """The same bytes from the same sources: entries sorted, without owners, dated by SOURCE_DATE_EPOCH or 1980."""
+
+    def make_archive(self, base_name, format, root_dir=None, base_dir=None, owner=None, group=None):
+        date = int(os.environ.get("SOURCE_DATE_EPOCH", "315532800"))
+
+        def anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+            entry.uid = entry.gid = 0
+            entry.uname = entry.gname = ""
+            entry.mtime = date
+            entry.mode = 0o755 if entry.isdir() or entry.mode & 0o100 else 0o644
+            return entry
+
+        path = f"{base_name}.tar.gz"
+        folder = Path(root_dir or ".", base_dir)
+        with open(path, "wb") as file, gzip.GzipFile("", "wb", mtime=date, fileobj=file) as packed:
+            with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive:
+                for entry in sorted([folder, *folder.rglob("*")]):
+                    archive.add(
+                        entry, str(Path(base_dir, entry.relative_to(folder))), recursive=False, filter=anonymous
+                    )
+        return path
+
+
+def version() -> str:
+    """The number in fastattn/_version.py and, of a build for an index of its own, a local part such as cu130."""
+    scope: dict[str, str] = {}
+    exec((ROOT / "fastattn" / "_version.py").read_text(), scope)
+    local = os.environ.get("FASTATTN_LOCAL_VERSION")
+    return scope["__version__"] + (f"+{local}" if local else "")
 
 
 def write_record(folder: Path, record: dict[str, object]) -> None:
@@ -196,6 +258,7 @@ kernels = find_packages("kernels")
 bench = ["fastattn.bench", *(f"fastattn.bench.{name}" for name in find_packages("bench"))]
 
 setup(
+    version=version(),
     packages=[
         *find_packages(include=["fastattn", "fastattn.*"]),
         *(f"fastattn.kernels.{name}" for name in kernels),
@@ -208,5 +271,10 @@ setup(
     package_data={"fastattn": ["py.typed", "_C.pyi"]},
     include_package_data=False,
     ext_modules=[] if MODE == "none" else [CMakeExtension("fastattn._C")],
-    cmdclass={"build_ext": BuildExtension, "build_py": BuildPython},
+    cmdclass={
+        "build_cuda": BuildCuda,
+        "build_ext": BuildExtension,
+        "build_py": BuildPython,
+        "sdist": SourceDistribution,
+    },
 )

@@ -2,6 +2,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+version: str
+
 def isa() -> str: ...
 def best_isa() -> str: ...
 

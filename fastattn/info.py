@@ -98,10 +98,12 @@ def collect() -> dict[str, Any]:
     native = _native()
     record = _build_record()
     cuda = None
+    library: dict[str, Any] = {"archs": BACKENDS["cuda"].built_archs(), "missing": None}
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         memory = f"{properties.total_memory / 2**30:.0f} GiB"
         cuda = f"{properties.name}, sm_{properties.major}{properties.minor}, {memory}, CUDA {torch.version.cuda}"
+        library["missing"] = BACKENDS["cuda"].uncovered((properties.major, properties.minor))
     return {
         "versions": {
             "fastattn": fastattn.__version__,
@@ -112,6 +114,7 @@ def collect() -> dict[str, Any]:
         },
         "cpu": _cpu(),
         "cuda": cuda,
+        "cuda library": library,
         "native": {
             "path": None if native is None else native.__file__,
             "isa": None if native is None else native.isa(),
@@ -176,6 +179,10 @@ def render(facts: dict[str, Any]) -> str:
         f"{'cpu':<12}{cpu['model']}, {cpu['logical cores']} logical cores, {cpu['torch threads']} torch threads"
     )
     lines.append(f"{'cuda':<12}{facts['cuda'] or 'no device'}")
+    library = facts["cuda library"]
+    targets = ", ".join(f"sm_{arch}" for arch in library["archs"]) or "not built"
+    coverage = "" if facts["cuda"] is None else f": {library['missing'] or 'covers this GPU'}"
+    lines.append(f"{'cuda build':<12}{targets}{coverage}")
     if native["path"] is None:
         reason = build["reason"] if build["mode"] == "none" else facts["backends"][0]["reason"]
         lines += [

@@ -80,3 +80,37 @@ def test_command_line():
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd="/")
     assert result.returncode == 0 and result.stderr == ""
     assert result.stdout.startswith("fastattn ")
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "covered"),
+    [
+        (["80"], (8, 0), True),
+        (["80"], (8, 9), True),  # the same major number
+        (["80"], (9, 0), True),  # PTX of the newest target
+        (["80", "90a"], (7, 5), False),
+        (["90a"], (8, 6), False),
+        (["100"], (9, 0), False),
+        ([], (9, 0), False),
+    ],
+)
+def test_which_gpus_a_cuda_library_covers(monkeypatch, archs, capability, covered):
+    backend = BACKENDS["cuda"]
+    monkeypatch.setattr(backend, "built_archs", lambda: archs)
+    problem = backend.uncovered(capability)
+    assert (problem is None) is covered
+    if not covered:
+        arch = "".join(map(str, capability)) + "a" * (capability == (9, 0))
+        assert f"FASTATTN_CUDA_ARCHS={arch} pip install" in problem
+    monkeypatch.setattr(info.torch.cuda, "is_available", lambda: False)
+    facts = info.collect()
+    assert facts["cuda library"] == {"archs": archs, "missing": None}
+
+
+def test_a_library_of_another_version_is_refused(monkeypatch):
+    native = BACKENDS["native"]
+    if native._C is None:
+        pytest.skip(native.status())
+    monkeypatch.setattr(native, "__version__", "99.0")
+    library, problem = native._load()
+    assert library is None and "99.0" in problem and "remove the other install" in problem

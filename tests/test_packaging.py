@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
+BIN = os.path.dirname(sys.executable)
 NOT_SOURCE = shutil.ignore_patterns(
     ".git", ".venv", "build", "dist", "*.egg-info", "*.so", "_build_info.json", "__pycache__", ".*_cache", ".hypothesis"
 )
@@ -105,6 +107,36 @@ def test_sdist_is_complete(sdist, checkout):
     assert not [name for name in names if name.endswith((".so", ".pyc", "_build_info.json"))]
 
 
+def test_sdist_is_reproducible(sdist, checkout, tmp_path):
+    """The same bytes from another folder, another day."""
+    elsewhere = Path(shutil.copytree(checkout, tmp_path / "elsewhere", ignore=NOT_SOURCE))
+    for path in elsewhere.rglob("*"):
+        os.utime(path, (1e9, 1e9))
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", tmp_path, elsewhere)
+    assert (tmp_path / sdist.name).read_bytes() == sdist.read_bytes()
+
+
+def test_release_builds_pin_their_tools_by_hash():
+    pinned = dict(
+        re.findall(r"^(\S+?)==(\S+) \\$", (ROOT / ".ci" / "build-requirements.txt").read_text(), re.MULTILINE)
+    )
+    wanted = re.search(r"^requires = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE).group(1)
+    assert set(pinned) == {re.match(r"[\w-]+", name.strip(' "')).group() for name in wanted.split(",")}
+    used = dict(re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / ".ci" / "requirements.txt").read_text(), re.MULTILINE))
+    assert all(used[name] == version for name, version in pinned.items())
+
+
+@pytest.mark.skipif(shutil.which("cibuildwheel", path=BIN) is None, reason="cibuildwheel is not installed")
+@pytest.mark.parametrize("config", ["pyproject.toml", ".ci/cuda-wheels.toml"])
+def test_the_matrix_of_wheels(checkout, config):
+    command = ["cibuildwheel", "--config-file", config, "--print-build-identifiers", "--platform", "linux"]
+    names = run(
+        f"{BIN}/{command[0]}", *command[1:], "--archs", "x86_64,aarch64", cwd=checkout, CUDA_VERSION="13.0"
+    ).stdout
+    pythons, machines = ("310", "311", "312", "313", "314"), ("x86_64", "aarch64")
+    assert names.split() == [f"cp{python}-manylinux_{machine}" for machine in machines for python in pythons]
+
+
 def test_torch_is_no_build_requirement():
     build_system = (ROOT / "pyproject.toml").read_text().split("[project]")[0]
     assert "requires" in build_system and "torch" not in build_system
@@ -129,6 +161,16 @@ def test_library_links_the_shared_openmp_and_no_torch(wheel, tmp_path):
     library = next((tmp_path / "fastattn").glob("_C.*.so")).read_bytes()
     assert b"libgomp.so.1\0" in library
     assert not [name for name in (b"libtorch", b"libc10", b"libpython", b".debug_info\0") if name in library]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("auditwheel", path=BIN) is None, reason="auditwheel is not installed")
+def test_wheel_fits_a_manylinux_policy_without_libraries_of_others(wheel, checkout, tmp_path):
+    path = os.pathsep.join((BIN, os.environ["PATH"]))
+    run(checkout / ".ci" / "repair", wheel, tmp_path, PATH=path)
+    (repaired,) = tmp_path.glob("*.whl")
+    assert "-manylinux_" in repaired.name and unpacked(repaired) == unpacked(wheel)
+    assert "consistent with" in run(f"{BIN}/auditwheel", "show", repaired, PATH=path).stdout
 
 
 @pytest.mark.slow

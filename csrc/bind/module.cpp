@@ -20,6 +20,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         throw py::import_error(error.what());
     }
     m.doc() = "Native kernels of fastattn: no torch inside, tensors are read through their Python methods.";
+    m.attr("version") = FASTATTN_VERSION;
     m.def("isa", [] { return fastattn::isa_name(fastattn::current_isa()); }, "instruction set in use");
     m.def("best_isa", [] { return fastattn::isa_name(fastattn::best_isa()); }, "best instruction set of this machine");
     m.def("poison_scratch", &fastattn::poison_scratch, "for tests: new scratch memory holds NaN");

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from functools import cache
 from pathlib import Path
@@ -42,6 +43,30 @@ def _load(path: str) -> str | None:
     return None
 
 
+@cache
+def built_archs() -> list[str]:
+    """Targets the library was compiled for, as in FASTATTN_CUDA_ARCHS: ["80", "90a"]."""
+    record = LIBRARY.with_name("_build_info.json")
+    found = json.loads(record.read_text()).get("cuda_archs", "") if record.exists() else ""
+    return found.split(";") if found else []
+
+
+def covers(archs: list[str], capability: tuple[int, int]) -> bool:
+    """Whether machine code for some target runs on the device, or the newest target's PTX can be compiled for it."""
+    targets = sorted((int(arch.rstrip("a")) // 10, int(arch.rstrip("a")) % 10) for arch in archs)
+    same_major = any(target[0] == capability[0] and target <= capability for target in targets)
+    return same_major or (bool(targets) and targets[-1] <= capability)
+
+
+def uncovered(capability: tuple[int, int]) -> str | None:
+    """What is wrong and how to rebuild, where the library has nothing for a device of this capability."""
+    if covers(built_archs(), capability):
+        return None
+    arch = f"{capability[0]}{capability[1]}" + ("a" if capability == (9, 0) else "")
+    command = REBUILD.replace("FASTATTN_BUILD=cuda", f"FASTATTN_BUILD=cuda FASTATTN_CUDA_ARCHS={arch}")
+    return f"the library was built for {', '.join(built_archs()) or 'nothing'}, not for this GPU (sm_{arch}); {command}"
+
+
 def status() -> str | None:
     emulator = os.environ.get(EMULATOR)
     if emulator:
@@ -63,8 +88,12 @@ def why_not(call: Call) -> list[str]:
             return [f"{EMULATOR} runs it on CPU tensors, these are on {x.q.device}"]
     elif x.q.device.type != "cuda":
         return [f"it runs on CUDA tensors, these are on {x.q.device}"]
-    elif torch.cuda.get_device_capability(x.q.device) < (8, 0):
+    elif _capability(x.q) < (8, 0):
         return ["it needs compute capability 8.0 (Ampere) or newer"]
+    else:
+        missing = uncovered(_capability(x.q))
+        if missing:
+            return [missing]
     return [] if _family(call) else _elsewhere("portable", call) or portable_refuses(call)
 
 
@@ -109,6 +138,8 @@ def _elsewhere(family: str, call: Call) -> list[str]:
         return [f"{FORCED}={os.environ[FORCED]}"]
     if family == "hopper" and not os.environ.get(EMULATOR) and _capability(call.x.q) != (9, 0):
         return ["the device is not of compute capability 9.0"]
+    if family == "hopper" and not os.environ.get(EMULATOR) and "90a" not in built_archs():
+        return ["the library was built without sm_90a"]
     return []
 
 
