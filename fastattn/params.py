@@ -48,8 +48,10 @@ class SoftmaxTensors(NamedTuple):
     rng: Optional[Tensor] = None  # int64 [2]: seed and offset of the dropout bits
     plan: Optional[TilePlan] = None
 
+    # Unpacked, not sliced: Dynamo of torch 2.8 fails on slices of a NamedTuple.
     def differentiable(self) -> tuple[Any, ...]:
-        return self[:6]
+        q, k, v, bias, slopes, sinks, *_ = self
+        return q, k, v, bias, slopes, sinks
 
 
 DIFFERENTIABLE: tuple[str, ...] = SoftmaxTensors._fields[:6]
@@ -143,7 +145,8 @@ class LinearTensors(NamedTuple):
     cu_seqlens: Optional[Tensor] = None  # int32 [N + 1], B = 1
 
     def differentiable(self) -> tuple[Any, ...]:
-        return self[:7]
+        q, k, v, decay, beta, kv, z, *_ = self
+        return q, k, v, decay, beta, kv, z
 
     @property
     def heads(self) -> int:

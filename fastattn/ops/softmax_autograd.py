@@ -25,13 +25,14 @@ _END = _PLAN + 7  # tensors of a call, the plan's one by one
 
 def attend(x: SoftmaxTensors, params: SoftmaxParams, backend: str) -> tuple[Tensor, Tensor]:
     """(out, lse), differentiable."""
-    plan = (None,) * 7 if x.plan is None else x.plan.tensors()
-    return SoftmaxAttention.apply(*x[:_PLAN], *plan, *params, backend)[:2]
+    *tensors, plan = x
+    fields = (None,) * 7 if plan is None else plan.tensors()
+    return SoftmaxAttention.apply(*tensors, *fields, *params, backend)[:2]
 
 
 def attend_without_gradient(x: SoftmaxTensors, params: SoftmaxParams, backend: str) -> tuple[Tensor, Tensor]:
-    plan = [] if x.plan is None else x.plan.tensors()
-    return softmax_forward(*x[:_PLAN], plan, *params, False, backend)[:2]
+    *tensors, plan = x
+    return softmax_forward(*tensors, [] if plan is None else plan.tensors(), *params, False, backend)[:2]
 
 
 def _tensors(args) -> SoftmaxTensors:
