@@ -215,6 +215,12 @@ def window_sides(window: Window) -> tuple[Optional[int], Optional[int]]:
     return left, right
 
 
+def deterministic(value: object) -> bool:
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"deterministic must be True, False or None, got {value!r}")
+    return torch.are_deterministic_algorithms_enabled() if value is None else value
+
+
 def probability(p) -> float:
     if isinstance(p, bool) or not isinstance(p, (int, float)):
         raise TypeError(f"dropout_p must be a float in [0, 1], got {p!r}")

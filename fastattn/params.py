@@ -22,6 +22,7 @@ class SoftmaxParams(NamedTuple):
     window_right: Optional[int] = None
     softcap: float = 0.0  # 0: none
     dropout_p: float = 0.0
+    deterministic: bool = False  # asks for the same bits every time where a kernel has a faster way without
 
     def band(self, Lq: int, Lk: int) -> tuple[Optional[int], Optional[int]]:
         """(lo, hi): key j is visible to query i only if lo <= j - i <= hi; None is unbounded."""

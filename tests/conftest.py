@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import functools
+import os
+import platform
+import shutil
 
+import cuda_build
 import pytest
 import torch
 
+import fastattn
 from fastattn.backends import native
 
 
@@ -43,6 +48,27 @@ def nan_in_uninitialised_memory():
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def cuda_emulator():
+    """Path of the CUDA library for the emulator."""
+    if platform.machine() != "x86_64":
+        pytest.skip("the emulator switches between threads in x86-64 code")
+    if not shutil.which(os.environ.get("CXX", "c++")):
+        pytest.skip("no C++ compiler to build the emulator with")
+    return cuda_build.emulated_library()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """In a run of chosen backends, calls that one of them refuses are skipped in its own words."""
+    try:
+        return (yield)
+    except fastattn.UnsupportedError as refusal:
+        if "FASTATTN_TEST_BACKENDS" not in os.environ:
+            raise
+        pytest.skip(str(refusal).splitlines()[0])
 
 
 def pytest_runtest_setup(item):

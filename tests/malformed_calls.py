@@ -69,6 +69,7 @@ expect(r"window.*\(1, 2, 3\)", public_window_three=lambda: attention(Q, K, V, wi
 expect(r"window.*-1", public_window_negative=lambda: attention(Q, K, V, window=(-1, 0)))
 expect(r"window.*1.5", public_window_float=lambda: attention(Q, K, V, window=(1.5, 0)))
 expect(r"dropout_p.*1.5", public_p_high=lambda: attention(Q, K, V, dropout_p=1.5))
+expect(r"deterministic.*'yes'", public_deterministic=lambda: attention(Q, K, V, deterministic="yes"))
 expect(r"dropout_p.*-0.1", public_p_low=lambda: attention(Q, K, V, dropout_p=-0.1))
 expect(r"dropout_p.*nan", public_p_nan=lambda: attention(Q, K, V, dropout_p=NAN))
 expect(r"dropout_p.*None", public_p_none=lambda: attention(Q, K, V, dropout_p=None))

@@ -34,6 +34,9 @@ void load(const std::string& path) {
         throw py::import_error(path + " is of another version (interface " + std::to_string(abi()) + ", expected " +
                                std::to_string(kCudaAbi) + ")");
     }
+    decltype(&fastattn_cuda_problem) problem;
+    find(handle, "fastattn_cuda_problem", &problem);
+    if (const char* what = problem()) throw py::import_error(what);
     Library found{};
     find(handle, "fastattn_cuda_softmax_workspace", &found.workspace);
     find(handle, "fastattn_cuda_softmax_why_not", &found.why_not);

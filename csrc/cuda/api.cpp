@@ -1,3 +1,5 @@
+#include <cuda_runtime.h>
+
 #include <exception>
 #include <string>
 
@@ -66,6 +68,18 @@ using fastattn::SoftmaxParams;
 using fastattn::cuda::Family;
 
 int fastattn_cuda_abi() { return fastattn::kCudaAbi; }
+
+const char* fastattn_cuda_problem() {
+    thread_local std::string message;
+    int driver = 0, runtime = 0;
+    if (cudaDriverGetVersion(&driver) != cudaSuccess || cudaRuntimeGetVersion(&runtime) != cudaSuccess) return nullptr;
+    // A driver of the same major version runs the library's machine code.
+    if (driver / 1000 >= runtime / 1000) return nullptr;
+    message = "the driver knows CUDA " + std::to_string(driver / 1000) + "." + std::to_string(driver % 1000 / 10) +
+              ", the library was built with CUDA " + std::to_string(runtime / 1000) + "." +
+              std::to_string(runtime % 1000 / 10) + "; update the driver, or build with an older toolkit";
+    return message.c_str();
+}
 
 int64_t fastattn_cuda_softmax_workspace(const SoftmaxParams* params, const SoftmaxGradients* gradients,
                                         const CudaCall* call) {

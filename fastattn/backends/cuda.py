@@ -111,8 +111,8 @@ def portable_refuses(call: Call) -> list[str]:
         reasons.append(f"head dimensions {D} and {Dv} are not multiples of 8")
     if x.mask is not None:
         reasons.append("a bool mask tensor: fastattn.masks.from_dense makes a mask object of it, which they take")
-    if x.slopes is not None:
-        reasons.append("ALiBi")
+    if x.slopes is not None and call.needs_grad and x.slopes.requires_grad:
+        reasons.append("a gradient of ALiBi slopes")
     return reasons
 
 
@@ -127,6 +127,8 @@ def hopper_refuses(call: Call) -> list[str]:
         reasons.append(f"head dimensions {D} and {Dv} are not twice one of {', '.join(map(str, HOPPER_HEAD_DIMS))}")
     if x.bias is not None:
         reasons.append("a bias")
+    if x.slopes is not None:
+        reasons.append("ALiBi")
     if call.params.dropout_p > 0:
         reasons.append("dropout")
     return reasons
@@ -173,33 +175,31 @@ def _capability(q: Tensor) -> tuple[int, int]:
 def _launch(x: SoftmaxTensors, params: SoftmaxParams) -> tuple[int, int, int, int, bool]:
     """What the library is told besides the tensors: see csrc/bind/cuda.cpp."""
     family = FAMILIES[_family(SoftmaxCall(x, params, False)) or "portable"]
-    deterministic = torch.are_deterministic_algorithms_enabled()
     if not x.q.is_cuda:
-        return family, 0, -1, 2, deterministic
+        return family, 0, -1, 2, params.deterministic
     device = x.q.get_device()
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return family, torch.cuda.current_stream(device).cuda_stream, device, processors, deterministic
+    return family, torch.cuda.current_stream(device).cuda_stream, device, processors, params.deterministic
 
 
 def _readable(t: Tensor) -> Tensor:
-    """t, copied where its rows are not dense or do not start at multiples of 16 bytes."""
+    """t, copied where its rows are one (expanded), not dense, or do not start at multiples of 16 bytes."""
     unit = ALIGNMENT // t.element_size()
     aligned = all(stride % unit == 0 for stride, size in zip(t.stride()[:3], t.shape) if size > 1)
-    return (
-        t
-        if t.stride(3) == 1 and aligned and t.data_ptr() % ALIGNMENT == 0
-        else t.clone(memory_format=torch.contiguous_format)
-    )
+    rows = t.stride(3) == 1 and (t.stride(2) != 0 or t.shape[2] == 1)
+    return t if rows and aligned and t.data_ptr() % ALIGNMENT == 0 else t.clone(memory_format=torch.contiguous_format)
 
 
 def _prepared(x: SoftmaxTensors) -> SoftmaxTensors:
-    sinks = None if x.sinks is None else x.sinks.contiguous()
-    return x._replace(q=_readable(x.q), k=_readable(x.k), v=_readable(x.v), sinks=sinks)
+    slopes, sinks, diagonal = (t if t is None else t.contiguous() for t in (x.slopes, x.sinks, x.diagonal))
+    q, k, v = _readable(x.q), _readable(x.k), _readable(x.v)
+    return x._replace(q=q, k=k, v=v, slopes=slopes, sinks=sinks, diagonal=diagonal)
 
 
 def _run(function, q: Tensor, *arguments) -> None:
     def allocate(size: int) -> Tensor:
-        return torch.empty(size // 4, dtype=torch.float32, device=q.device)
+        x = torch.empty(size // 4 + 64, dtype=torch.float32, device=q.device)
+        return x[-x.data_ptr() % 256 // 4 :]
 
     if q.is_cuda:
         with torch.cuda.device(q.device):

@@ -75,8 +75,10 @@ def attention(  # type: ignore[misc]  # the overloads leave the options to this 
             mask, bias and dropout bits are indexed by the place in the whole of q and k.
         cu_seqlens_k: likewise for k and v; defaults to cu_seqlens_q.
         return_lse: also return lse.
-        deterministic: every kernel here gives the same bits every time, whatever is asked for.
-        backend: "auto", "native" (C++ on CPU), "triton", "eager" (torch, O(L) memory) or "reference" (dense torch).
+        deterministic: True asks for the same bits every time; None follows torch.are_deterministic_algorithms_enabled().
+            All kernels give them anyhow but the Hopper backward, which sums dq in two passes then, not in memory.
+        backend: "auto", "native" (C++ on CPU), "cuda" (hand-written), "triton", "eager" (torch, O(L) memory) or "reference"
+            (dense torch).
             A named backend never falls back: it raises with its reasons.
 
     Returns:
@@ -92,13 +94,21 @@ def attention(  # type: ignore[misc]  # the overloads leave the options to this 
     Call `fastattn.explain` with the same arguments to see which kernel runs, and why.
     """
     nothing = mask is bias is window is softcap is alibi_slopes is sinks is cu_seqlens_q is cu_seqlens_k is None
-    if nothing and dropout_p == 0 and dropout_p is not False and not return_lse and backend == "auto":
+    if (
+        nothing
+        and dropout_p == 0
+        and dropout_p is not False
+        and not return_lse
+        and deterministic is None
+        and backend == "auto"
+    ):
         quick = plain_attention(q, k, v, scale, causal)
         if quick is not None:
             return quick
     call = _call(
-        q, k, v, mask, bias, causal, window, softcap, alibi_slopes, sinks, dropout_p, scale, cu_seqlens_q, cu_seqlens_k
-    )
+        q, k, v, mask, bias, causal, window, softcap, alibi_slopes, sinks, dropout_p, scale, cu_seqlens_q, cu_seqlens_k,
+        deterministic,
+    )  # fmt: skip
     out, lse = _run(call, select(call, backend))
     return (out, lse) if return_lse else out
 
@@ -142,14 +152,16 @@ def explain(
 ) -> Explanation:
     """Takes the arguments of `attention`; returns a table of every backend: chosen, or the reasons why not."""
     call = _call(
-        q, k, v, mask, bias, causal, window, softcap, alibi_slopes, sinks, dropout_p, scale, cu_seqlens_q, cu_seqlens_k
-    )
+        q, k, v, mask, bias, causal, window, softcap, alibi_slopes, sinks, dropout_p, scale, cu_seqlens_q, cu_seqlens_k,
+        deterministic,
+    )  # fmt: skip
     return explain_call(call, backend)
 
 
 def _call(
-    q, k, v, mask, bias, causal, window, softcap, alibi_slopes, sinks, dropout_p, scale, cu_seqlens_q, cu_seqlens_k
-) -> SoftmaxCall:
+    q, k, v, mask, bias, causal, window, softcap, alibi_slopes, sinks, dropout_p, scale, cu_seqlens_q, cu_seqlens_k,
+    deterministic,
+) -> SoftmaxCall:  # fmt: skip
     """Checks what the arguments mean and normalises them."""
     if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
         q, k, v = autocast(q, k, v)
@@ -160,6 +172,7 @@ def _call(
         *checks.window_sides(window),
         checks.softcap_value(softcap),
         checks.probability(dropout_p),
+        checks.deterministic(deterministic),
     )
     x = SoftmaxTensors(q, k, v)
     if not (mask is bias is alibi_slopes is sinks is cu_seqlens_q is cu_seqlens_k is None):

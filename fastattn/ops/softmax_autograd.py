@@ -18,7 +18,9 @@ _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? slopes, Tensor? sinks, "
     "Tensor? mask, Tensor? diagonal, Tensor? rng, Tensor[] plan, "
 )
-_OPTIONS = "float scale, str causal, int? window_left, int? window_right, float softcap, float dropout_p, "
+_OPTIONS = (
+    "float scale, str causal, int? window_left, int? window_right, float softcap, float dropout_p, bool deterministic, "
+)
 _PLAN = SoftmaxTensors._fields.index("plan")  # place of the plan among the tensors
 _END = _PLAN + 7  # tensors of a call, the plan's one by one
 
@@ -186,12 +188,12 @@ class SoftmaxAttention(torch.autograd.Function):
     def forward(
         q, k, v, bias, slopes, sinks, mask, diagonal, rng,
         row_start, rows, column_start, columns, words, row_order, column_order,
-        scale, causal, window_left, window_right, softcap, dropout_p, backend,
+        scale, causal, window_left, window_right, softcap, dropout_p, deterministic, backend,
     ):  # fmt: skip
         plan = [] if rows is None else [row_start, rows, column_start, columns, words, row_order, column_order]
         return softmax_forward(
             q, k, v, bias, slopes, sinks, mask, diagonal, rng, plan,
-            scale, causal, window_left, window_right, softcap, dropout_p, True, backend,
+            scale, causal, window_left, window_right, softcap, dropout_p, deterministic, True, backend,
         )  # fmt: skip
 
     @staticmethod
@@ -225,12 +227,12 @@ class SoftmaxAttentionBackward(torch.autograd.Function):
     def forward(
         dout, dlse, q, k, v, bias, slopes, sinks, mask, diagonal, rng,
         row_start, rows, column_start, columns, words, row_order, column_order, out, parts,
-        scale, causal, window_left, window_right, softcap, dropout_p, needs, backend,
+        scale, causal, window_left, window_right, softcap, dropout_p, deterministic, needs, backend,
     ):  # fmt: skip
         plan = [] if rows is None else [row_start, rows, column_start, columns, words, row_order, column_order]
         return softmax_backward(
             dout, dlse, q, k, v, bias, slopes, sinks, mask, diagonal, rng, plan, out, parts,
-            scale, causal, window_left, window_right, softcap, dropout_p, needs, backend,
+            scale, causal, window_left, window_right, softcap, dropout_p, deterministic, needs, backend,
         )  # fmt: skip
 
     @staticmethod

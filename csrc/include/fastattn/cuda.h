@@ -32,6 +32,9 @@ extern "C" {
 // kCudaAbi of the library; another number than the caller's means that files of two versions are mixed.
 FASTATTN_EXPORT int fastattn_cuda_abi();
 
+// Why no kernel of the library can run with the driver of this machine, and what to do, or null.
+FASTATTN_EXPORT const char* fastattn_cuda_problem();
+
 // Device bytes that the call with these params needs as CudaCall::workspace. Launches nothing. `gradients` null:
 // forward.
 FASTATTN_EXPORT int64_t fastattn_cuda_softmax_workspace(const fastattn::SoftmaxParams* params,
