@@ -9,6 +9,7 @@ import fastattn
 from fastattn.params import LinearState
 from fastattn.testing import LAYOUTS, max_error, relayout
 
+INF, NAN = float("inf"), float("nan")
 CASES = [
     LinearCase(**{"L": 21, "D": 8, "state": True, **options})
     for options in (
@@ -175,6 +176,22 @@ def test_refusals_leave_the_state_alone():
     with pytest.raises(NotImplementedError, match="vmap"):
         torch.func.vmap(lambda q: fastattn.linear_attention_step(q, *inputs[1:3], state))(inputs.q[None])
     assert torch.equal(state.kv, inputs.kv) and torch.equal(state.z, inputs.z)
+
+
+@all_backends
+@pytest.mark.parametrize(
+    "name, value", [("decay", 0.5), ("decay", -INF), ("decay", NAN), ("beta", -0.1), ("beta", 2.1), ("beta", NAN)]
+)
+def test_values_of_gates_are_looked_at_before_the_state(name, value, backend):
+    for case in (LinearCase(**DELTA, L=1, decay="bhl", state=True), LinearCase(**DELTA, L=1, decay="bhld", state=True)):
+        inputs = make(case, FP32)
+        need(backend, inputs, **case.options())
+        state, gates = LinearState(inputs.kv.clone()), {"decay": inputs.decay.clone(), "beta": inputs.beta.clone()}
+        gates[name].flatten()[-1] = value
+        if DEVICE == "cpu":
+            with pytest.raises(ValueError, match=f"{name} .*must be .*pass"):
+                fastattn.linear_attention_step(*inputs[:3], state, feature_map="identity", backend=backend, **gates)
+            assert torch.equal(state.kv, inputs.kv)
 
 
 def test_shared_memory_of_an_expanded_state_is_refused():

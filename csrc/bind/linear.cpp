@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 #include <initializer_list>
+#include <limits>
 
 #include "tensor.h"
 
@@ -178,10 +179,27 @@ void forward(py::handle tensors, py::handle out, py::handle kv, py::handle z, py
     linear_forward(p);
 }
 
+// Refuses values outside [least, most] of what holds a number or a row for the one token of a step.
+void refuse_outside(const TensorView& t, float least, float most, const char* what) {
+    for (int64_t b = 0; b < t.size[0] && t; ++b) {
+        for (int64_t h = 0; h < t.size[1]; ++h) {
+            const float* row = reinterpret_cast<const float*>(t.row(b, h, 0));
+            for (int64_t c = 0; c < t.size[3]; ++c) {
+                const float value = row[c * t.last_stride()];
+                if (!(value >= least && value <= most)) refuse(what + (", got " + std::to_string(value)));
+            }
+        }
+    }
+}
+
 void step(py::handle tensors, py::handle out, const std::string& map, bool normalize, double scale, int threads) {
     const py::tuple x = tuple_of(tensors, kFields, "the tensors of a call are a LinearTensors of fastattn.params");
     LinearParams p = params(x, map, true, normalize, scale, threads);
     if (p.Lk() != 1 || p.cu_seqlens) refuse("a step takes one token of each batch");
+    refuse_outside(p.decay, std::numeric_limits<float>::lowest(), 0,
+                   "decay is the logarithm of a gate and must be finite and <= 0 (pass "
+                   "torch.nn.functional.logsigmoid(x), or log(gate))");
+    refuse_outside(p.beta, 0, 2, "beta must be in [0, 2] (pass beta.sigmoid(), or twice that)");
     const State state(x[kKv], x[kZ], "the state", true);
     p.kv_out = state.kv_floats(p, "the state");
     p.z_out = state.z_floats(p, "the state", true);

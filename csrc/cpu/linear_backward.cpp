@@ -7,7 +7,7 @@ namespace FASTATTN_ISA {
 namespace {
 
 // Tokens after which the gradient of the decay, a running sum of differences, starts again from exact states.
-constexpr int64_t kRestart = 256;
+constexpr int64_t kRestart = 64;
 
 // What of one head a task does.
 struct Passes {
@@ -18,7 +18,6 @@ class CausalBackward : BackwardWork {
    public:
     CausalBackward(const LinearParams& p, const LinearGradients& g)
         : BackwardWork(p, g),
-          restart_(most<int64_t>(1, kRestart / layout_.block)),
           wanted_{dq_ || ddecay_ || (p.normalize && (dk_ || dz_)), dk_ || ddecay_ || dz_, dv_ || dkv_} {}
 
     void run() {
@@ -54,8 +53,8 @@ class CausalBackward : BackwardWork {
 
    private:
     struct Buffers {
-        float *q, *k, *v, *dn, *df, *dv, *factors, *scaled, *carry, *state, *transposed, *ends, *dsum, *own, *weight,
-            *wide, *inverse, *other;
+        BlockRows rows;
+        float *v, *dn, *df, *dv, *turned, *products, *r, *state, *ends, *dsum, *own, *weight, *wide, *inverse, *other;
         FeatureSum z;
         double* ddecay;
         int64_t used;
@@ -63,34 +62,32 @@ class CausalBackward : BackwardWork {
 
     Buffers place(float* memory) const {
         Arena arena(memory);
-        const int64_t T = layout_.block;
         Buffers x{};
-        x.q = arena.floats(T * layout_.ld_f);
-        x.k = arena.floats(T * layout_.ld_f);
-        x.v = arena.floats(T * layout_.ld_v);
-        x.dn = arena.floats(T * layout_.ld_v);
-        x.df = arena.floats(T * layout_.ld_f);
-        x.dv = arena.floats(T * layout_.ld_v);
-        x.factors = arena.floats(factor_floats());
-        x.scaled = arena.floats(scaled_room());
-        x.carry = arena.floats(carry_floats());
+        x.rows = place_rows(arena);
+        x.v = arena.floats(kBlock * layout_.ld_v);
+        x.dn = arena.floats(kBlock * layout_.ld_v);
+        x.df = arena.floats(kBlock * layout_.ld_f);
+        x.dv = arena.floats(kBlock * layout_.ld_v);
+        x.turned = arena.floats(kBlock * layout_.ld_v);
+        x.products = arena.floats(kBlock * kBlock);
+        x.r = arena.floats(kBlock * layout_.ld_f);
         x.state = arena.floats(state_floats());
-        x.transposed = arena.floats(transposed_floats());
         x.z = place_sum(arena);
         x.dsum = arena.floats(p_.normalize ? p_.Lk() : 0);
-        x.own = arena.floats(p_.normalize ? p_.Lk() : 0);
-        x.weight = arena.floats(T);
-        x.ends = arena.floats(ddecay_ ? (ceil_div(p_.Lk(), restart_ * T) + 2) * kept_floats() : 0);
+        x.own = arena.floats(p_.normalize ? p_.Lk() : kBlock);
+        x.weight = arena.floats(kBlock);
+        x.ends = arena.floats(ddecay_ ? (ceil_div(p_.Lk(), kRestart) + 2) * kept_floats() : 0);
         x.ddecay = reinterpret_cast<double*>(arena.floats(2 * layout_.ld_f));
         x.wide = arena.floats(round_up(p_.D(), W));
-        x.inverse = arena.floats(T);
-        x.other = arena.floats(T);
+        x.inverse = arena.floats(kBlock);
+        x.other = arena.floats(kBlock);
         x.used = arena.used();
         return x;
     }
 
     template <Factor factor>
     void differentiate(const LinearHead& head, const Passes& passes, const Buffers& x) const {
+        zero(x.r, kBlock * layout_.ld_f);
         const float* ends = passes.q ? forward_in_time<factor>(head, x) : nullptr;
         if (passes.k || passes.v) backward_in_time<factor>(head, passes, ends, x);
     }
@@ -98,48 +95,81 @@ class CausalBackward : BackwardWork {
     // With a decay, dq and dk are read before their own token enters: what is left is as small as the decay makes it,
     // and so is the rounding of the decay's gradient.
     template <Factor factor>
-    static constexpr Mode kMode = factor == Factor::kNone ? Mode::kScan : Mode::kStrict;
-    template <Factor factor>
-    static constexpr Factor kLanes = factor == Factor::kRows ? Factor::kLanes : factor;
+    static constexpr bool kStrict = factor != Factor::kNone;
 
-    ScanBlock feature_lanes(const Buffers& x, const float* a, const float* c, const float* b) const {
-        return {a,       c, layout_.ld_v, b, x.df, layout_.ld_f, x.factors, factor_step(), group_factors(x.factors),
-                x.scaled};
+    // One block of a scan forward in time over keys and values, or back in time over queries and rows of dout. `rows`:
+    // df_t = X read_t with what tokens of the block bring, read_t the rows of values of the other side. Returns own[t],
+    // the product of both rows of a token. `lanes`: dv.
+    template <Factor factor, bool backwards>
+    void scan_block(int64_t n, const BlockLanes& v, const Buffers& x, bool rows, bool lanes, float* own) const {
+        const int64_t ld_f = layout_.ld_f, ld_v = layout_.ld_v;
+        const BlockLanes dn{x.dn, ld_v}, enter = backwards ? dn : v, read = backwards ? v : dn;
+        ScanBlock block{};
+        block.a = backwards ? x.rows.reads : x.rows.enters;
+        block.c = x.rows.enters;
+        block.b = enter;
+        block.y_step = ld_v;
+        block.backwards = backwards;
+        block.whole = x.rows.fading.whole;
+        if (lanes) {
+            block.y = x.dv;
+            block.pairs = x.rows.pairs;
+        }
+        if (rows) {
+            turn(read.at, read.step, kBlock, ld_v, x.turned, kBlock);
+            block.d = x.turned;
+            block.r = x.r;
+        }
+        scan(whole_state(x.state), block);
+        if (!rows) return;
+        turn_back(x.r, x.df);
+        inner_products(n, enter.at, enter.step, x.turned, layout_.Dv, x.products);
+        for (int64_t t = 0; t < n; ++t) own[t] = x.products[t * kBlock + t];
+        const Fading& fading = x.rows.fading;
+        const float* features = backwards ? x.rows.q : x.rows.k;
+        fade_rows<factor>(backwards ? fading.end : fading.start, x.df);
+        if constexpr (factor == Factor::kRows) {
+            zero(x.products + n * kBlock, (kBlock - n) * kBlock);
+            add_faded<backwards>(ld_f, x.products, features, fading.factors, ld_f, x.df);
+        } else {
+            fade_pairs<factor == Factor::kScalar, kStrict<factor>, backwards>(n, fading.logs, x.products);
+            add_pairs<backwards>(x.products, features, ld_f, x.df);
+        }
     }
 
     // Returns the end of the states it kept: that before the first token, and those after which ddecay starts again.
     template <Factor factor>
     const float* forward_in_time(const LinearHead& head, const Buffers& x) const {
-        constexpr bool strict = kMode<factor> == Mode::kStrict;
+        constexpr bool strict = kStrict<factor>;
         const Source q = queries(head), k = keys(head), v = values(head);
+        const BlockRows& rows = x.rows;
         const int64_t ld = layout_.ld_f;
-        load_transposed(state_of(head), p_.kv, x.transposed);
+        load_state(kv_of(p_.kv, state_of(head)), whole_state(x.state));
         if (p_.normalize) load_z(state_of(head), p_.z, x.z.base);
-        zero(x.carry, carry_floats());
+        if (p_.decay) zero(rows.fading.carry, ld);
         float* end = x.ends;
         const auto keep_state = [&] {
-            memcpy(end, x.transposed, sizeof(float) * static_cast<size_t>(transposed_floats()));
-            if (p_.normalize) memcpy(end + transposed_floats(), x.z.base, sizeof(float) * static_cast<size_t>(ld));
+            memcpy(end, x.state, sizeof(float) * static_cast<size_t>(state_floats()));
+            if (p_.normalize) memcpy(end + state_floats(), x.z.base, sizeof(float) * static_cast<size_t>(ld));
             end += kept_floats();
         };
         if (ddecay_) keep_state();
         for (int64_t block = 0; block < blocks(head); ++block) {
             const int64_t t0 = start(head, block), n = start(head, block + 1) - t0;
-            pack_features(head, k, false, t0, n, 1, x.k, x.other, x.wide);
-            pack_features(head, q, false, t0, n, 1, x.q, x.inverse, x.wide);
-            pack_values(head, v, false, t0, n, 1, x.v);
+            pack_features(head, k, false, t0, n, 1, rows.k, x.other, x.wide);
+            pack_features(head, q, false, t0, n, 1, rows.q, x.inverse, x.wide);
+            const BlockLanes lanes = pack_values(head, v, false, t0, n, 1, x.v);
             pack_dout(head, t0, n, 1, x.dn, x.weight);
-            if (factor != Factor::kNone) pack_factors(head, t0, n, false, x.carry, x.factors);
-            scan<kLanes<factor>, kMode<factor>>(feature_lanes(x, x.v, x.dn, x.k), round_up(n, kGroup), layout_.Dv, 0,
-                                                layout_.f_tiles, x.transposed);
+            if (factor != Factor::kNone) pack_fading(head, t0, n, rows.fading);
+            pair_up<factor, false>(n, false, true, rows);
+            float owns[kBlock];
+            scan_block<factor, false>(n, lanes, x, true, false, owns);
             for (int64_t t = 0; t < n; ++t) {
-                float *d = x.df + t * ld, own = 0;
-                const float *tq = x.q + t * ld, *tk = x.k + t * ld;
-                if (strict) own = dot(x.v + t * layout_.ld_v, x.dn + t * layout_.ld_v, layout_.ld_v);
+                float *d = x.df + t * ld, own = strict ? owns[t] : 0;
+                const float *tq = rows.q + t * ld, *tk = rows.k + t * ld;
                 if (p_.normalize) {
                     const float weight = x.weight[t], value = own;
-                    const bool ends = t % kGroup == kGroup - 1 || t + 1 == n;
-                    add_token<factor, strict>(x.z, t, t % kGroup == 0, ends, x.factors, 1, tk);
+                    add_token<factor, strict>(x.z, t == 0, rows.fading.factors + t * factor_step(), 1, tk);
                     // dout . out, not from out itself, which may be rounded to 16 bits.
                     float along = dot(tq, d, ld), dsum = 0;
                     if (!clamped(head, t0 + t)) {
@@ -158,6 +188,7 @@ class CausalBackward : BackwardWork {
                 features_.gradient(tq, x.inverse[t], d);
                 store(dq_, head, t0 + t, 1, d);
             }
+            if (p_.normalize) end_block<factor>(x.z, nullptr, rows.fading.whole);
             if (ddecay_ && restarts(head, block)) keep_state();
         }
         return end;
@@ -165,83 +196,68 @@ class CausalBackward : BackwardWork {
 
     template <Factor factor>
     void backward_in_time(const LinearHead& head, const Passes& passes, const float* end, const Buffers& x) const {
-        constexpr bool strict = kMode<factor> == Mode::kStrict;
+        constexpr bool strict = kStrict<factor>;
         const Source q = queries(head), k = keys(head), v = values(head);
-        const int64_t ld = layout_.ld_f, state = state_of(head);
-        const float* dkv = head.leads ? g_.dkv : nullptr;
-        if (passes.k) load_transposed(state, dkv, x.transposed);
+        const BlockRows& rows = x.rows;
+        const int64_t ld = layout_.ld_f, step = factor_step();
+        load_state(kv_of(head.leads ? g_.dkv : nullptr, state_of(head)), whole_state(x.state));
         // From here on z is its own gradient.
-        if (passes.k && p_.normalize) load_z(state, head.leads ? g_.dz : nullptr, x.z.base);
-        if (passes.v) load_state(dkv ? dkv + state * layout_.F * layout_.Dv : nullptr, 0, layout_.v_tiles, x.state);
-        const ScanBlock value_lanes{
-            x.q, x.k, ld, x.dn, x.dv, layout_.ld_v, x.factors, factor_step(), group_factors(x.factors), x.scaled};
-        zero(x.carry, carry_floats());
+        if (passes.k && p_.normalize) load_z(state_of(head), head.leads ? g_.dz : nullptr, x.z.base);
+        if (p_.decay) zero(rows.fading.carry, ld);
         for (int64_t block = blocks(head) - 1; block >= 0; --block) {
-            const int64_t t0 = start(head, block), n = start(head, block + 1) - t0, padded = round_up(n, kGroup);
-            pack_features(head, k, false, t0, n, -1, x.k, x.inverse, x.wide);
-            pack_features(head, q, false, t0, n, -1, x.q, x.other, x.wide);
-            if (passes.k) pack_values(head, v, false, t0, n, -1, x.v);
+            const int64_t t0 = start(head, block), n = start(head, block + 1) - t0;
+            pack_features(head, k, false, t0, n, -1, rows.k, x.inverse, x.wide);
+            pack_features(head, q, false, t0, n, -1, rows.q, x.other, x.wide);
+            const BlockLanes lanes = passes.k ? pack_values(head, v, false, t0, n, -1, x.v) : BlockLanes{};
             pack_dout(head, t0, n, -1, x.dn, x.weight);
-            if (factor != Factor::kNone) pack_factors(head, t0, n, true, x.carry, x.factors);
-            if (passes.k) {
-                if (ddecay_ && restarts(head, block)) {
-                    restart_decay(head, t0 + n, end -= kept_floats(), x.factors + (n - 1) * factor_step(), x);
+            if (factor != Factor::kNone) pack_fading(head, t0, n, rows.fading);
+            pair_up<factor, true>(n, true, passes.v, rows);
+            if (passes.k && ddecay_ && restarts(head, block)) restart_decay(head, t0 + n, end -= kept_floats(), x);
+            float owns[kBlock];
+            scan_block<factor, true>(n, lanes, x, passes.k, passes.v, owns);
+            for (int64_t t = n - 1; t >= 0 && passes.k; --t) {
+                float *d = x.df + t * ld, own = strict ? owns[t] : 0;
+                const float *tq = rows.q + t * ld, *tk = rows.k + t * ld;
+                if (p_.normalize) {
+                    const float dsum = x.dsum[t0 + t - head.first];
+                    own = x.own[t0 + t - head.first];
+                    const bool begins = t + 1 == n;
+                    add_token<factor, strict>(x.z, begins, begins ? nullptr : rows.fading.factors + (t + 1) * step,
+                                              dsum, tq);
+                    add_features(1, x.z.now, d);
                 }
-                scan<kLanes<factor>, kMode<factor>>(reversed(feature_lanes(x, x.dn, x.v, x.q), padded), padded,
-                                                    layout_.Dv, 0, layout_.f_tiles, x.transposed);
-                for (int64_t t = n - 1; t >= 0; --t) {
-                    float *d = x.df + t * ld, own = 0;
-                    const float *tq = x.q + t * ld, *tk = x.k + t * ld;
-                    if (p_.normalize) {
-                        const float dsum = x.dsum[t0 + t - head.first];
-                        own = x.own[t0 + t - head.first];
-                        const bool begins = t % kGroup == kGroup - 1 || t + 1 == n;
-                        add_token<factor, strict>(x.z, t, begins, t % kGroup == 0, x.factors, dsum, tq);
-                        add_features(1, x.z.now, d);
-                    } else if (strict) {
-                        own = dot(x.v + t * layout_.ld_v, x.dn + t * layout_.ld_v, layout_.ld_v);
-                    }
-                    if (ddecay_) add_key(head, t0 + t, tk, d, x.ddecay);
-                    if (!dk_) continue;
-                    if (strict) add_features(own, tq, d);
-                    features_.gradient(tk, x.inverse[t], d);
-                    store(dk_, head, t0 + t, -1, d);
-                }
+                if (ddecay_) add_key(head, t0 + t, tk, d, x.ddecay);
+                if (!dk_) continue;
+                if (strict) add_features(own, tq, d);
+                features_.gradient(tk, x.inverse[t], d);
+                store(dk_, head, t0 + t, -1, d);
             }
-            if (passes.v) {
-                scan<factor, Mode::kScan>(reversed(value_lanes, padded), padded, layout_.F, 0, layout_.v_tiles,
-                                          x.state);
-                for (int64_t t = 0; t < n && dv_; ++t) {
-                    store(dv_, head, t0 + t, -1, x.dv + t * layout_.ld_v);
-                }
+            if (passes.k && p_.normalize) end_block<factor>(x.z, rows.fading.factors, rows.fading.whole);
+            for (int64_t t = 0; t < n && passes.v && dv_; ++t) {
+                store(dv_, head, t0 + t, -1, x.dv + t * layout_.ld_v);
             }
         }
-        const float* factors = nullptr;
-        if (factor != Factor::kNone && head.first < head.last) {
-            pack_factors(head, head.first - 1, 1, true, x.carry, x.factors);
-            factors = x.factors;
-            if (passes.k && ddecay_) restart_decay(head, head.first, end - kept_floats(), factors, x);
-        }
-        if (passes.v && dkv_) store_initial(head, factors, x.state);
-        if (passes.k && dz_) store_initial_z(head, factors, x.z.base);
+        if (passes.k && ddecay_ && head.first < head.last) restart_decay(head, head.first, end - kept_floats(), x);
+        if (passes.v && dkv_) store_initial(head, whole_state(x.state));
+        if (passes.k && dz_) store_initial_z(head, x.z.base);
     }
 
-    // A state as forward_in_time keeps it: transposed, and z.
-    int64_t kept_floats() const { return transposed_floats() + (p_.normalize ? layout_.ld_f : 0); }
+    // A state as forward_in_time keeps it, and z.
+    int64_t kept_floats() const { return state_floats() + (p_.normalize ? layout_.ld_f : 0); }
 
     // The gradient of the state after the last token may be far larger than what a fast decay leaves of it. The last
     // token is then a block of its own: no other's gradient is a difference of numbers so large. So it is without that
     // gradient too: blocks are what the others' rounding depends on.
     int64_t alone(const LinearHead& head) const { return p_.decay && g_.dkv && head.first < head.last ? 1 : 0; }
     int64_t blocks(const LinearHead& head) const {
-        return ceil_div(head.last - head.first - alone(head), layout_.block) + alone(head);
+        return ceil_div(head.last - head.first - alone(head), kBlock) + alone(head);
     }
     int64_t start(const LinearHead& head, int64_t block) const {
         const int64_t shared = head.last - alone(head);
-        return block == blocks(head) ? head.last : least(shared, head.first + block * layout_.block);
+        return block == blocks(head) ? head.last : least(shared, head.first + block * kBlock);
     }
     bool restarts(const LinearHead& head, int64_t block) const {
-        return (block + 1) % restart_ == 0 || block + 1 + alone(head) >= blocks(head);
+        return (block + 1) * kBlock % kRestart == 0 || block + 1 + alone(head) >= blocks(head);
     }
 
     // The gradient of g_t is <e^g_t S_{t-1}, dS_t> = q dq + (the gradient of g_{t+1}) - k dk, with dq and dk without
@@ -267,34 +283,28 @@ class CausalBackward : BackwardWork {
         *at = static_cast<float>(sum[0]);
     }
 
-    // The gradient of g_t from the states themselves: <S_{t-1}, e^g_t dS_t>, for each feature or, of a scalar, over
+    // The gradient of g_t from the states themselves, <e^g_t S_{t-1}, dS_t>, for each feature or, of a scalar, over
     // all.
-    void restart_decay(const LinearHead& head, int64_t t, const float* before, const float* factors,
-                       const Buffers& x) const {
+    void restart_decay(const LinearHead& head, int64_t t, const float* before, const Buffers& x) const {
         const bool vector = p_.vector_decay();
+        zero(reinterpret_cast<float*>(x.ddecay), 2 * layout_.ld_f);
         double total = 0;
-        for (int64_t tile = 0; tile < layout_.f_tiles; ++tile) {
-            Vec sum = vzero();
-            for (int64_t at = tile * layout_.Dv * W; at < (tile + 1) * layout_.Dv * W; at += W) {
-                sum = vfma(vload(before + at), vload(x.transposed + at), sum);
+        const auto add = [&](int64_t f, float product) {
+            x.ddecay[f] += static_cast<double>(product);
+            total += static_cast<double>(product);
+        };
+        whole_state(x.state).each([&](const float* state, int64_t, int vecs) {
+            for (int64_t f = 0; f < layout_.F; ++f, state += vecs * W) {
+                add(f, dot(before + (state - x.state), state, vecs * W));
             }
-            if (p_.normalize) {
-                sum = vfma(vload(before + transposed_floats() + tile * W), vload(x.z.base + tile * W), sum);
-            }
-            float products[W];
-            vstore(products, vmul(sum, vector ? vload(factors + tile * W) : vset(*factors)));
-            for (int lane = 0; lane < W; ++lane) {
-                x.ddecay[tile * W + lane] = static_cast<double>(products[lane]);
-                total += static_cast<double>(products[lane]);
-            }
-        }
+        });
+        for (int64_t f = 0; f < layout_.F && p_.normalize; ++f) add(f, before[state_floats() + f] * x.z.base[f]);
         if (!vector) x.ddecay[0] = total;
         if (t == head.last) return;
         float* at = reinterpret_cast<float*>(ddecay_.slices().row(head.b, head.h, t));
         for (int64_t c = 0; c < (vector ? layout_.F : 1); ++c) at[c] = static_cast<float>(x.ddecay[c]);
     }
 
-    const int64_t restart_;  // blocks
     const Passes wanted_;
 };
 

@@ -74,43 +74,30 @@ class BackwardWork : protected LinearWork {
     // A row of a gradient; rows follow as blocks do (pack_features).
     void store(const HeadGradient& gradient, const LinearHead& head, int64_t t, int64_t sense, const float* row) const {
         const TensorView& x = gradient.slices();
-        ask_to_write(x, head.b, head.h, t + sense * layout_.block);
+        ask_to_write(x, head.b, head.h, t + sense * kBlock);
         store_row(x.row(head.b, head.h, t), x.dtype, x.last_stride(), row, 0, x.size[3], 1);
     }
 
-    int64_t transposed_floats() const { return layout_.f_tiles * layout_.Dv * W; }
-    int64_t state_floats() const { return layout_.v_tiles * layout_.F * W; }
+    int64_t state_floats() const { return layout_.panels * panel_floats(); }
     int64_t state_of(const LinearHead& head) const { return head.n * p_.Hs() + head.hs; }
-
-    // A state with its features as lanes, [f_tiles][Dv][W]. Null is zero.
-    void load_transposed(int64_t state, const float* kv, float* x) const {
-        const int64_t F = layout_.F, Dv = layout_.Dv;
-        zero(x, transposed_floats());
-        for (int64_t f = 0; f < F && kv; ++f) {
-            float* lane = x + f / W * Dv * W + f % W;
-            for (int64_t c = 0; c < Dv; ++c) lane[c * W] = kv[(state * F + f) * Dv + c];
-        }
+    Panels whole_state(float* x) const { return panels(x, 0, layout_.panels); }
+    // State number `state` of kv, which may be null.
+    const float* kv_of(const float* kv, int64_t state) const {
+        return kv ? kv + state * layout_.F * layout_.Dv : nullptr;
     }
+    // What scan() has left in r [ld_f][kBlock], as rows.
+    void turn_back(const float* r, float* rows) const { turn(r, kBlock, layout_.ld_f, kBlock, rows, layout_.ld_f); }
     void load_z(int64_t state, const float* z, float* x) const {
         zero(x, layout_.ld_f);
         if (z) memcpy(x, z + state * layout_.F, sizeof(float) * static_cast<size_t>(layout_.F));
     }
 
-    // Gradients of the state before the first token: those of the state after it times its factor.
-    void store_initial(const LinearHead& head, const float* factors, const float* state) const {
-        const int64_t F = layout_.F, Dv = layout_.Dv;
-        for (int64_t f = 0; f < F; ++f) {
-            float* row = reinterpret_cast<float*>(dkv_.slices().row(head.n, head.h, f));
-            const Vec factor = vset(factors ? factors[p_.vector_decay() ? f : 0] : 1.0f);
-            each_vector(
-                Dv, [&](int64_t c, int n) { vstore_n(row + c, vmul(factor, vload(state + (c / W * F + f) * W)), n); });
-        }
+    // Gradients of the state before the first token.
+    void store_initial(const LinearHead& head, const Panels& state) const {
+        store_state(state, reinterpret_cast<float*>(dkv_.slices().row(head.n, head.h, 0)));
     }
-    void store_initial_z(const LinearHead& head, const float* factors, const float* dz) const {
-        float* z = reinterpret_cast<float*>(dz_.slices().row(head.n, head.h, 0));
-        for (int64_t f = 0; f < layout_.F; ++f) {
-            z[f] = (factors ? factors[p_.vector_decay() ? f : 0] : 1.0f) * dz[f];
-        }
+    void store_initial_z(const LinearHead& head, const float* dz) const {
+        memcpy(dz_.slices().row(head.n, head.h, 0), dz, sizeof(float) * static_cast<size_t>(layout_.F));
     }
 
     // Rows of dout times `weight` = scale / den, the gradient of phi(q)^T S.
@@ -120,10 +107,10 @@ class BackwardWork : protected LinearWork {
         for (int64_t t = 0; t < n; ++t) {
             weight[t] = static_cast<float>(p_.scale);
             if (p_.normalize) weight[t] /= std::fabs(denominator(head, t0 + t));
-            ask_for(dout, t0 + t + sense * layout_.block, Dv);
+            ask_for(dout, t0 + t + sense * kBlock, Dv);
             with_row(dout, t0 + t, Dv, [&](int64_t c, Vec a) { vstore(out + t * ld + c, vmul(a, vset(weight[t]))); });
         }
-        zero(out + n * ld, (round_up(n, kGroup) - n) * ld);
+        zero(out + n * ld, (kBlock - n) * ld);
     }
     float denominator(const LinearHead& head, int64_t t) const {
         return p_.saved[(head.b * p_.H() + head.h) * p_.Lq() + t];

@@ -20,26 +20,27 @@ class WholeBackward : BackwardWork {
 
    private:
     struct Buffers {
-        float *features, *values, *df, *dv, *sum, *dsum, *dstate, *z, *dz, *weight, *wide, *inverse;
+        float *features, *rows, *values, *df, *dv, *turned, *r, *sum, *dsum, *z, *dz, *weight, *wide, *inverse;
         int64_t used;
     };
 
     Buffers place(float* memory) const {
         Arena arena(memory);
-        const int64_t T = layout_.block;
         Buffers x{};
-        x.features = arena.floats(T * layout_.ld_f);
-        x.values = arena.floats(T * layout_.ld_v);
-        x.df = arena.floats(T * layout_.ld_f);
-        x.dv = arena.floats(T * layout_.ld_v);
-        x.sum = arena.floats(transposed_floats());
-        x.dsum = arena.floats(transposed_floats());
-        x.dstate = arena.floats(state_floats());
+        x.features = arena.floats(kBlock * layout_.ld_f);
+        x.rows = arena.floats(kBlock * layout_.ld_f);
+        x.values = arena.floats(kBlock * layout_.ld_v);
+        x.df = arena.floats(kBlock * layout_.ld_f);
+        x.dv = arena.floats(kBlock * layout_.ld_v);
+        x.turned = arena.floats(kBlock * layout_.ld_v);
+        x.r = arena.floats(kBlock * layout_.ld_f);
+        x.sum = arena.floats(state_floats());
+        x.dsum = arena.floats(state_floats());
         x.z = arena.floats(layout_.ld_f);
         x.dz = arena.floats(layout_.ld_f);
-        x.weight = arena.floats(T);
+        x.weight = arena.floats(kBlock);
         x.wide = arena.floats(round_up(p_.D(), W));
-        x.inverse = arena.floats(T);
+        x.inverse = arena.floats(kBlock);
         x.used = arena.used();
         return x;
     }
@@ -47,39 +48,55 @@ class WholeBackward : BackwardWork {
     // body(t0, n) for blocks of tokens [first, last).
     template <class Body>
     void each_block(int64_t first, int64_t last, Body&& body) const {
-        for (int64_t t0 = first; t0 < last; t0 += layout_.block) body(t0, least(layout_.block, last - t0));
+        for (int64_t t0 = first; t0 < last; t0 += kBlock) body(t0, least<int64_t>(kBlock, last - t0));
+    }
+    // The packed features and values of a block enter a sum.
+    void add_block(const Buffers& x, float* sum) const {
+        turn(x.features, layout_.ld_f, kBlock, layout_.ld_f, x.rows, kBlock);
+        ScanBlock block = block_of(x);
+        block.a = x.rows;
+        scan(whole_state(sum), block);
+    }
+    // df = the sum times the packed values.
+    void read_rows(const Buffers& x, float* sum) const {
+        turn(x.values, layout_.ld_v, kBlock, layout_.ld_v, x.turned, kBlock);
+        ScanBlock block = block_of(x);
+        block.d = x.turned;
+        block.r = x.r;
+        scan(whole_state(sum), block);
+        turn_back(x.r, x.df);
+    }
+    ScanBlock block_of(const Buffers& x) const {
+        ScanBlock block{};
+        block.c = x.rows;
+        block.b = {x.values, layout_.ld_v};
+        block.y_step = layout_.ld_v;
+        return block;
     }
 
     void differentiate(const LinearHead& head, const Buffers& x) const {
         const Source q = queries(head), k = keys(head), v = values(head);
         const int64_t ld = layout_.ld_f, state = state_of(head);
-        // Features are lanes: values as rows either enter a sum or read one.
-        const ScanBlock feature_lanes{x.values, x.values, layout_.ld_v, x.features, x.df, ld,
-                                      nullptr,  0,        nullptr,      nullptr};
-        const ScanBlock value_lanes{x.features,   x.features, ld, x.values, x.dv,
-                                    layout_.ld_v, nullptr,    0,  nullptr,  nullptr};
-
-        load_transposed(state, p_.kv, x.sum);
+        zero(x.r, kBlock * ld);
+        load_state(kv_of(p_.kv, state), whole_state(x.sum));
         load_z(state, p_.z, x.z);
         const bool reads = dq_ || p_.normalize;
         if (reads) {
             each_block(head.first, head.last, [&](int64_t t0, int64_t n) {
                 pack_features(head, k, true, t0, n, 1, x.features, x.inverse, x.wide);
                 pack_values(head, v, true, t0, n, 1, x.values);
-                scan<Factor::kNone, Mode::kUpdate>(feature_lanes, round_up(n, kGroup), layout_.Dv, 0, layout_.f_tiles,
-                                                   x.sum);
+                add_block(x, x.sum);
                 for (int64_t t = 0; t < n && p_.normalize; ++t) add_features(1, x.features + t * ld, x.z);
             });
         }
-        load_transposed(state, head.leads ? g_.dkv : nullptr, x.dsum);
+        load_state(kv_of(head.leads ? g_.dkv : nullptr, state), whole_state(x.dsum));
         load_z(state, head.leads ? g_.dz : nullptr, x.dz);
         each_block(head.first, last_query(head), [&](int64_t t0, int64_t n) {
-            const int64_t padded = round_up(n, kGroup);
             pack_features(head, q, false, t0, n, 1, x.features, x.inverse, x.wide);
             pack_dout(head, t0, n, 1, x.values, x.weight);
-            scan<Factor::kNone, Mode::kUpdate>(feature_lanes, padded, layout_.Dv, 0, layout_.f_tiles, x.dsum);
+            add_block(x, x.dsum);
             if (!reads) return;
-            scan<Factor::kNone, Mode::kRead>(feature_lanes, padded, layout_.Dv, 0, layout_.f_tiles, x.sum);
+            read_rows(x, x.sum);
             for (int64_t t = 0; t < n; ++t) {
                 float *tq = x.features + t * ld, *d = x.df + t * ld;
                 if (p_.normalize) {
@@ -92,27 +109,24 @@ class WholeBackward : BackwardWork {
                 store(dq_, head, t0 + t, 1, d);
             }
         });
-        for (int64_t f = 0; f < layout_.F; ++f) {
-            for (int64_t c = 0; c < layout_.v_tiles * W; ++c) {
-                x.dstate[(c / W * layout_.F + f) * W + c % W] =
-                    c < layout_.Dv ? x.dsum[(f / W * layout_.Dv + c) * W + f % W] : 0;
-            }
-        }
         each_block(head.first, dk_ || dv_ ? head.last : head.first, [&](int64_t t0, int64_t n) {
-            const int64_t padded = round_up(n, kGroup);
             pack_features(head, k, true, t0, n, 1, x.features, x.inverse, x.wide);
             pack_values(head, v, true, t0, n, 1, x.values);
-            if (dk_) scan<Factor::kNone, Mode::kRead>(feature_lanes, padded, layout_.Dv, 0, layout_.f_tiles, x.dsum);
-            if (dv_) scan<Factor::kNone, Mode::kRead>(value_lanes, padded, layout_.F, 0, layout_.v_tiles, x.dstate);
+            if (dk_) read_rows(x, x.dsum);
             for (int64_t t = 0; t < n && dk_; ++t) {
                 if (p_.normalize && takes_part(head, t0 + t)) add_features(1, x.dz, x.df + t * ld);
                 features_.gradient(x.features + t * ld, x.inverse[t], x.df + t * ld);
                 store(dk_, head, t0 + t, 1, x.df + t * ld);
             }
-            for (int64_t t = 0; t < n && dv_; ++t) store(dv_, head, t0 + t, 1, x.dv + t * layout_.ld_v);
+            if (!dv_) return;
+            turn(x.features, ld, kBlock, ld, x.rows, kBlock);
+            ScanBlock block = block_of(x);
+            block.y = x.dv;
+            scan(whole_state(x.dsum), block);
+            for (int64_t t = 0; t < n; ++t) store(dv_, head, t0 + t, 1, x.dv + t * layout_.ld_v);
         });
-        if (dkv_) store_initial(head, nullptr, x.dstate);
-        if (dz_) store_initial_z(head, nullptr, x.dz);
+        if (dkv_) store_initial(head, whole_state(x.dsum));
+        if (dz_) store_initial_z(head, x.dz);
     }
 };
 

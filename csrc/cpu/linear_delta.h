@@ -10,6 +10,7 @@ namespace fastattn {
 namespace FASTATTN_ISA {
 namespace {
 
+constexpr int kGroup = 4;  // tokens that share one load and store of a row of the state
 constexpr int kDeltaVecs = 2;
 constexpr int64_t kDeltaLanes = kDeltaVecs * W;
 constexpr int64_t kDeltaRow = 256 + 16;  // floats from row to row of a group: a constant that avoids one set of L1

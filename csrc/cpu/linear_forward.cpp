@@ -16,13 +16,12 @@ class Forward : LinearWork {
         const int threads = work < kLinearSerialWork ? 1 : p_.threads;
         // Heads are enough tasks as a rule; where they are not, each is cut into ranges of lanes.
         const int64_t parts =
-            most<int64_t>(1, least(layout_.v_tiles, heads() && heads() < threads ? ceil_div(threads, heads()) : 1));
+            most<int64_t>(1, least(layout_.panels, heads() && heads() < threads ? ceil_div(threads, heads()) : 1));
         const int64_t floats = place(nullptr, parts).used;
         run_tasks(threads, heads() * parts, floats, [&](int64_t task, float* memory) {
             const int64_t part = task % parts;
             Buffers x = place(memory, parts);
-            x.first = part * layout_.v_tiles / parts;
-            x.last = (part + 1) * layout_.v_tiles / parts;
+            x.state = panels(x.state.x, part * layout_.panels / parts, (part + 1) * layout_.panels / parts);
             x.leads = part == 0;
             attend(head_of(task / parts), x);
         });
@@ -30,35 +29,32 @@ class Forward : LinearWork {
 
    private:
     struct Buffers {
-        float *q, *k, *v, *y, *factors, *scaled, *carry, *state, *wide, *inverse, *weight;
+        BlockRows rows;
+        float *v, *y, *wide, *inverse, *weight;
+        Panels state;
         FeatureSum z;
-        int64_t used, first, last;  // lanes of v are tiles [first, last)
-        bool leads;                 // the part that writes what all parts know
+        int64_t used;
+        bool leads;  // the part that writes what all parts know
     };
 
     Buffers place(float* memory, int64_t parts) const {
         Arena arena(memory);
-        const int64_t T = layout_.block;
         Buffers x{};
-        x.q = arena.floats(T * layout_.ld_f);
-        x.k = arena.floats(T * layout_.ld_f);
-        x.v = arena.floats(T * layout_.ld_v);
-        x.y = arena.floats(T * layout_.ld_v);
-        x.factors = arena.floats(factor_floats());
-        x.scaled = arena.floats(scaled_room());
-        x.carry = arena.floats(carry_floats());
-        x.state = arena.floats(ceil_div(layout_.v_tiles, parts) * layout_.F * W);
+        x.rows = place_rows(arena);
+        x.v = arena.floats(kBlock * layout_.ld_v);
+        x.y = arena.floats(kBlock * layout_.ld_v);
+        x.state.x = arena.floats(ceil_div(layout_.panels, parts) * panel_floats());
         x.z = place_sum(arena);
         x.wide = arena.floats(round_up(p_.D(), W));
-        x.inverse = arena.floats(T);
-        x.weight = arena.floats(T);
+        x.inverse = arena.floats(kBlock);
+        x.weight = arena.floats(kBlock);
         x.used = arena.used();
         return x;
     }
 
     void attend(const LinearHead& head, const Buffers& x) const {
         const int64_t state = head.n * p_.Hs() + head.hs, F = layout_.F;
-        load_state(p_.kv ? p_.kv + state * F * layout_.Dv : nullptr, x.first, x.last, x.state);
+        load_state(p_.kv ? p_.kv + state * F * layout_.Dv : nullptr, x.state);
         if (p_.normalize) {
             zero(x.z.base, layout_.ld_f);
             if (p_.z) memcpy(x.z.base, p_.z + state * F, sizeof(float) * static_cast<size_t>(F));
@@ -75,26 +71,34 @@ class Forward : LinearWork {
             whole(head, x);
         }
         if (!head.leads) return;
-        store_state(x.state, x.first, x.last, p_.kv_out + state * F * layout_.Dv);
+        store_state(x.state, p_.kv_out + state * F * layout_.Dv);
         if (p_.normalize && x.leads) memcpy(p_.z_out + state * F, x.z.base, sizeof(float) * static_cast<size_t>(F));
     }
 
     template <Factor factor>
     void causal(const LinearHead& head, const Buffers& x) const {
         const Source q = queries(head), k = keys(head), v = values(head);
-        zero(x.carry, carry_floats());
-        for (int64_t t0 = head.first; t0 < head.last; t0 += layout_.block) {
-            const int64_t n = least(layout_.block, head.last - t0);
-            pack_features(head, k, false, t0, n, 1, x.k, x.inverse, x.wide);
-            pack_features(head, q, false, t0, n, 1, x.q, x.inverse, x.wide);
-            pack_values(head, v, false, t0, n, 1, x.v);
-            if (factor != Factor::kNone) pack_factors(head, t0, n, false, x.carry, x.factors);
-            scan<factor, Mode::kScan>(block(x), round_up(n, kGroup), layout_.F, x.first, x.last, x.state);
+        const BlockRows& rows = x.rows;
+        const int64_t ld = layout_.ld_f;
+        if (p_.decay) zero(rows.fading.carry, ld);
+        for (int64_t t0 = head.first; t0 < head.last; t0 += kBlock) {
+            const int64_t n = least<int64_t>(kBlock, head.last - t0);
+            pack_features(head, k, false, t0, n, 1, rows.k, x.inverse, x.wide);
+            pack_features(head, q, false, t0, n, 1, rows.q, x.inverse, x.wide);
+            const BlockLanes lanes = pack_values(head, v, false, t0, n, 1, x.v);
+            if (factor != Factor::kNone) pack_fading(head, t0, n, rows.fading);
+            pair_up<factor, false>(n, true, true, rows);
+            ScanBlock block = block_of(lanes, x);
+            block.y = x.y;
+            block.pairs = rows.pairs;
+            block.a = rows.enters;
+            block.whole = rows.fading.whole;
+            scan(x.state, block);
             for (int64_t t = 0; t < n && p_.normalize; ++t) {
-                const bool ends = t % kGroup == kGroup - 1 || t + 1 == n;
-                add_token<factor, false>(x.z, t, t % kGroup == 0, ends, x.factors, 1, x.k + t * layout_.ld_f);
-                x.weight[t] = denominator(x.q + t * layout_.ld_f, x.z.now);
+                add_token<factor, false>(x.z, t == 0, rows.fading.factors + t * factor_step(), 1, rows.k + t * ld);
+                x.weight[t] = denominator(rows.q + t * ld, x.z.now);
             }
+            if (p_.normalize) end_block<factor>(x.z, nullptr, rows.fading.whole);
             finish(head, t0, n, x);
         }
     }
@@ -102,28 +106,42 @@ class Forward : LinearWork {
     // Every query sees every key.
     void whole(const LinearHead& head, const Buffers& x) const {
         const Source q = queries(head), k = keys(head), v = values(head);
-        for (int64_t t0 = head.first; t0 < head.last; t0 += layout_.block) {
-            const int64_t n = least(layout_.block, head.last - t0);
-            pack_features(head, k, true, t0, n, 1, x.k, x.inverse, x.wide);
-            pack_values(head, v, true, t0, n, 1, x.v);
-            scan<Factor::kNone, Mode::kUpdate>(block(x), round_up(n, kGroup), layout_.F, x.first, x.last, x.state);
-            for (int64_t t = 0; t < n && p_.normalize; ++t) add_features(1, x.k + t * layout_.ld_f, x.z.base);
+        const int64_t ld = layout_.ld_f;
+        for (int64_t t0 = head.first; t0 < head.last; t0 += kBlock) {
+            const int64_t n = least<int64_t>(kBlock, head.last - t0);
+            pack_features(head, k, true, t0, n, 1, x.rows.k, x.inverse, x.wide);
+            const BlockLanes lanes = pack_values(head, v, static_cast<bool>(p_.key_mask), t0, n, 1, x.v);
+            turn(x.rows.k, ld, kBlock, ld, x.rows.enters, kBlock);
+            ScanBlock block = block_of(lanes, x);
+            block.a = x.rows.enters;
+            scan(x.state, block);
+            if (!p_.normalize) continue;
+            for (int64_t t = 0; t < n; ++t) {
+                add_token<Factor::kNone, false>(x.z, t == 0, nullptr, 1, x.rows.k + t * ld);
+            }
+            end_block<Factor::kNone>(x.z, nullptr, nullptr);
         }
         const int64_t end = last_query(head);
-        for (int64_t t0 = head.first; t0 < end; t0 += layout_.block) {
-            const int64_t n = least(layout_.block, end - t0);
-            pack_features(head, q, false, t0, n, 1, x.q, x.inverse, x.wide);
-            scan<Factor::kNone, Mode::kRead>(block(x), round_up(n, kGroup), layout_.F, x.first, x.last, x.state);
+        for (int64_t t0 = head.first; t0 < end; t0 += kBlock) {
+            const int64_t n = least<int64_t>(kBlock, end - t0);
+            pack_features(head, q, false, t0, n, 1, x.rows.q, x.inverse, x.wide);
+            turn(x.rows.q, ld, kBlock, ld, x.rows.reads, kBlock);
+            ScanBlock block = block_of({}, x);
+            block.y = x.y;
+            scan(x.state, block);
             for (int64_t t = 0; t < n && p_.normalize; ++t) {
-                x.weight[t] = denominator(x.q + t * layout_.ld_f, x.z.base);
+                x.weight[t] = denominator(x.rows.q + t * ld, x.z.base);
             }
             finish(head, t0, n, x);
         }
     }
 
-    ScanBlock block(const Buffers& x) const {
-        return {x.k,     x.q, layout_.ld_f, x.v, x.y, layout_.ld_v, x.factors, factor_step(), group_factors(x.factors),
-                x.scaled};
+    ScanBlock block_of(const BlockLanes& values, const Buffers& x) const {
+        ScanBlock block{};
+        block.c = x.rows.reads;
+        block.b = values;
+        block.y_step = layout_.ld_v;
+        return block;
     }
 
     float denominator(const float* q, const float* z) const {
@@ -142,9 +160,9 @@ class Forward : LinearWork {
                 weight /= den;
                 if (saved) saved[t] = clamped ? -den : den;
             }
-            ask_to_write(out, head.b, head.h, t0 + t + layout_.block);
+            ask_to_write(out, head.b, head.h, t0 + t + kBlock);
             store_row(out.row(head.b, head.h, t0 + t), out.dtype, out.last_stride(), x.y + t * layout_.ld_v,
-                      x.first * W, least(x.last * W, layout_.Dv), weight);
+                      x.state.first * kPanel, least(x.state.last * kPanel, layout_.Dv), weight);
         }
     }
 };

@@ -1,4 +1,6 @@
 // Linear attention, one token: each state is read and written once, in place.
+#include <type_traits>
+
 #include "linear_task.h"
 
 namespace fastattn {
@@ -13,7 +15,7 @@ class Step : LinearWork {
         const int64_t states = p_.sequences * p_.Hs(), group = p_.Hs() ? p_.H() / p_.Hs() : 1;
         const double work = static_cast<double>(states * layout_.F) * static_cast<double>(layout_.Dv);
         const int64_t row = layout_.ld_f,
-                      floats = (group + 4) * row + (group + 1) * layout_.ld_v + round_up(p_.D(), W) + 64;
+                      floats = (group + 5) * row + (group + 1) * layout_.ld_v + round_up(p_.D(), W) + 64;
         run_tasks(work < kLinearSerialWork ? 1 : p_.threads, states, floats,
                   [&](int64_t task, float* memory) { advance(task, group, memory); });
     }
@@ -44,7 +46,7 @@ class Step : LinearWork {
         }
         zero(y, group * ld_v);
         float* kv = p_.kv_out + state * F * Dv;
-        if (p_.beta) correct(head, k, p_.decay ? factors : nullptr, kv, v);
+        if (p_.beta) correct(head, k, p_.decay ? factors : nullptr, kv, arena.floats(ld_f), v);
         const Rows rows{k, q, factors, less, v, y, ld_f, ld_v, group};
         for (int64_t f = 0; f < F; f += kRows) {
             const int64_t n = least<int64_t>(kRows, F - f);
@@ -66,20 +68,25 @@ class Step : LinearWork {
         int64_t ld_f, ld_v, group;
     };
 
+    // body(N, c, count): the columns from c on, N vectors (a constant) of `count` lanes each.
+    template <class Body>
+    void each_lanes(Body&& body) const {
+        constexpr int wide = W == 16 ? 8 : 4;  // as many as registers hold
+        int64_t c = 0;
+        for (; c + wide * W <= layout_.Dv; c += wide * W) body(std::integral_constant<int, wide>(), c, W);
+        for (; c < layout_.Dv; c += W) {
+            body(std::integral_constant<int, 1>(), c, static_cast<int>(least<int64_t>(W, layout_.Dv - c)));
+        }
+    }
     // Rows [f, f + n) of the state: new, and added to out.
     template <bool fades>
     void block(const Rows& x, int64_t f, int64_t n, float* kv) const {
-        constexpr int wide = W == 16 ? 8 : 4;  // as many as registers hold
-        int64_t c = 0;
-        for (; c + wide * W <= layout_.Dv; c += wide * W) {
-            advance_lanes<wide, fades>(x, f, n, c, W, kv);
-            for (int64_t h = 1; h < x.group; ++h) read_lanes<wide>(x, h, f, n, c, W, kv);
-        }
-        for (; c < layout_.Dv; c += W) {
-            const int lanes_left = static_cast<int>(least<int64_t>(W, layout_.Dv - c));
-            advance_lanes<1, fades>(x, f, n, c, lanes_left, kv);
-            for (int64_t h = 1; h < x.group; ++h) read_lanes<1>(x, h, f, n, c, lanes_left, kv);
-        }
+        each_lanes([&](auto vecs, int64_t c, int count) {
+            advance_lanes<vecs, fades>(x, f, n, c, count, kv);
+            for (int64_t h = 1; h < x.group; ++h) {
+                read_lanes<vecs>(x.q + h * x.ld_f, f, n, c, count, kv, x.y + h * x.ld_v);
+            }
+        });
     }
 
     // N vectors from lane c on, of `count` lanes each; the first head reads them as they pass.
@@ -103,29 +110,25 @@ class Step : LinearWork {
         }
         FASTATTN_UNROLL for (int i = 0; i < N; ++i) vstore(x.y + c + i * W, sum[i]);
     }
+    // y += the sum of rows [f, f + n) times q.
     template <int N>
-    void read_lanes(const Rows& x, int64_t h, int64_t f, int64_t n, int64_t c, int count, const float* kv) const {
-        float* y = x.y + h * x.ld_v + c;
+    void read_lanes(const float* q, int64_t f, int64_t n, int64_t c, int count, const float* kv, float* y) const {
         Vec sum[N];
-        FASTATTN_UNROLL for (int i = 0; i < N; ++i) sum[i] = vload(y + i * W);
+        FASTATTN_UNROLL for (int i = 0; i < N; ++i) sum[i] = vload(y + c + i * W);
         for (int64_t r = f; r < f + n; ++r) {
             const float* row = kv + r * layout_.Dv + c;
-            const Vec q = vset(x.q[h * x.ld_f + r]);
             FASTATTN_UNROLL for (int i = 0; i < N; ++i) {
-                sum[i] = vfma(q, N > 1 ? vload(row + i * W) : vload_n(row, count), sum[i]);
+                sum[i] = vfma(vset(q[r]), N > 1 ? vload(row + i * W) : vload_n(row, count), sum[i]);
             }
         }
-        FASTATTN_UNROLL for (int i = 0; i < N; ++i) vstore(y + i * W, sum[i]);
+        FASTATTN_UNROLL for (int i = 0; i < N; ++i) vstore(y + c + i * W, sum[i]);
     }
 
-    // Delta rule: v becomes beta times what of it the faded state does not hold.
-    void correct(const LinearHead& head, const float* k, const float* factors, const float* kv, float* v) const {
-        for (int64_t f = 0; f < layout_.F; ++f) {
-            const Vec held = vset(factors ? -k[f] * factors[f] : -k[f]);
-            each_vector(layout_.Dv, [&](int64_t c, int n) {
-                vstore(v + c, vfma(held, vload_n(kv + f * layout_.Dv + c, n), vload(v + c)));
-            });
-        }
+    // Delta rule: v becomes beta times what of it the faded state does not hold. `minus`: room for -k.
+    void correct(const LinearHead& head, const float* k, const float* factors, const float* kv, float* minus,
+                 float* v) const {
+        for (int64_t f = 0; f < layout_.F; ++f) minus[f] = factors ? -k[f] * factors[f] : -k[f];
+        each_lanes([&](auto vecs, int64_t c, int count) { read_lanes<vecs>(minus, 0, layout_.F, c, count, kv, v); });
         const Vec beta = vset(*reinterpret_cast<const float*>(p_.beta.row(head.b, head.hs, 0)));
         for (int64_t c = 0; c < layout_.Dv; c += W) vstore(v + c, vmul(beta, vload(v + c)));
     }

@@ -14,7 +14,6 @@ namespace fastattn {
 namespace FASTATTN_ISA {
 namespace {
 
-constexpr int64_t kBlockFloats = 2048;         // packed rows of one operand: two of them and a tile of X stay in L1
 constexpr double kLinearSerialWork = 1 << 17;  // multiply-adds under which waking a team costs more than it saves
 
 // A state that fades passes through subnormal numbers, which some processors leave to microcode (not Zen 4).
@@ -39,15 +38,16 @@ struct LinearHead {
 struct Layout {
     int64_t F, Dv;
     int64_t ld_f, ld_v;  // floats of a packed row of features and of values
-    int64_t block;       // tokens of a block, a multiple of kGroup
-    int64_t f_tiles, v_tiles;
+    int64_t f_vecs, v_vecs, panels;
 
-    explicit Layout(const LinearParams& p) : F(p.F()), Dv(p.Dv()), ld_f(round_up(F, W)), ld_v(round_up(Dv, W)) {
-        const int64_t fit = kBlockFloats / most(ld_f, ld_v) / kGroup * kGroup;
-        block = least(kLongestBlock, most<int64_t>(kGroup, fit));
-        f_tiles = ceil_div(F, W);
-        v_tiles = ceil_div(Dv, W);
-    }
+    explicit Layout(const LinearParams& p)
+        : F(p.F()),
+          Dv(p.Dv()),
+          ld_f(round_up(F, W)),
+          ld_v(round_up(Dv, W)),
+          f_vecs(ld_f / W),
+          v_vecs(ld_v / W),
+          panels(ceil_div(v_vecs, 2)) {}
 };
 
 // Hands out aligned pieces of a task's scratch memory; with no memory it only counts.
@@ -108,13 +108,13 @@ class LinearWork {
         }
     }
 
-    // Rows [t0, t0 + n) of phi(x), and zero rows up to a multiple of kGroup. Blocks follow each other in the
-    // sense 1, forward in time, or -1. `wide`: round_up(D, W) floats.
+    // Rows [t0, t0 + n) of phi(x), and zero rows up to kBlock. Blocks follow each other in the sense 1, forward in
+    // time, or -1. `wide`: round_up(D, W) floats.
     void pack_features(const LinearHead& head, const Source& x, bool masked, int64_t t0, int64_t n, int64_t sense,
                        float* out, float* inverse, float* wide) const {
         const int64_t ld = layout_.ld_f;
         for (int64_t t = 0; t < n; ++t) {
-            ask_for(x, t0 + t + sense * layout_.block, p_.D());
+            ask_for(x, t0 + t + sense * kBlock, p_.D());
             if (masked && !takes_part(head, t0 + t)) {
                 zero(out + t * ld, ld);
                 inverse[t] = 0;
@@ -122,101 +122,193 @@ class LinearWork {
                 inverse[t] = features_.row(x, t0 + t, ld, out + t * ld, wide);
             }
         }
-        zero(out + n * ld, (round_up(n, kGroup) - n) * ld);
+        zero(out + n * ld, (kBlock - n) * ld);
     }
-    // The same for rows without a map.
-    void pack_values(const LinearHead& head, const Source& x, bool masked, int64_t t0, int64_t n, int64_t sense,
-                     float* out) const {
+    // The same for rows without a map. A block that needs no packing stays where it is.
+    BlockLanes pack_values(const LinearHead& head, const Source& x, bool masked, int64_t t0, int64_t n, int64_t sense,
+                           float* out) const {
         const int64_t ld = layout_.ld_v;
+        const bool fits = x.dtype == DType::kFloat32 && x.col == 1 && ld == layout_.Dv && n == kBlock && !masked;
         for (int64_t t = 0; t < n; ++t) {
-            ask_for(x, t0 + t + sense * layout_.block, p_.Dv());
+            ask_for(x, t0 + t + sense * kBlock, p_.Dv());
+            if (fits) continue;
             if (masked && !takes_part(head, t0 + t)) {
                 zero(out + t * ld, ld);
-                continue;
+            } else {
+                load_row(x, t0 + t, layout_.Dv, ld, out + t * ld);
             }
-            load_row(x, t0 + t, layout_.Dv, ld, out + t * ld);
         }
-        zero(out + n * ld, (round_up(n, kGroup) - n) * ld);
+        if (fits) return {reinterpret_cast<const float*>(x.at(t0)), x.row};
+        zero(out + n * ld, (kBlock - n) * ld);
+        return {out, ld};
     }
 
-    // Factors e^g of tokens t0 + t, t < n, in the order of a scan: [n], or [n][ld_f] for a vector. Padding has
-    // factor 1. `backwards`: of the tokens after these, the last first, as X meets them on its way back; after the last
-    // token of the head the factor is 1. `carry`, carry_floats(), is zero before the first.
-    void pack_factors(const LinearHead& head, int64_t t0, int64_t n, bool backwards, float* carry, float* out) const {
-        const int64_t step = factor_step(), groups = ceil_div(n, kGroup);
-        t0 += backwards ? 1 : 0;
-        for (int64_t c = 0; c < round_up(n, kGroup) * step; ++c) out[c] = 1;
-        if (backwards && t0 + n > head.last) --n;
-        if (step == 1) pack_scalars(head, t0, n, backwards, carry, out);
-        for (int64_t i = 0; i < n && step > 1; ++i) {
-            const int64_t t = backwards ? n - 1 - i : i;
-            float* row = out + t * step;
-            load_row(log_factor(head, t0 + t), 0, layout_.F, step, row);
-            for (int64_t c = 0; c < step; c += W) {
-                Vec left = vload(carry + c);
-                vstore(row + c, next_factor(vload(row + c), &left));
-                vstore(carry + c, left);
-            }
-        }
-        pack_group_factors(groups, backwards, carry + step, out);
+    // What decay does within a block; one number a token, or a row of them.
+    struct Fading {
+        float *factors, *start, *end;  // of each token; from the block's start to after it; from it to the block's end
+        float* logs;                   // of a number a token
+        float *whole, *carry;          // [ld_f]: from the block's start to its end; what rounding took off
+    };
+    Fading place_fading(Arena& arena) const {
+        if (!p_.decay) return {};
+        const int64_t n = kBlock * factor_step(), width = layout_.ld_f;
+        return {arena.floats(n),      arena.floats(n),     arena.floats(n),
+                arena.floats(kBlock), arena.floats(width), arena.floats(width)};
     }
-
-    // Products of the factors of a group, behind the factors. They take over each other's rounding as factors do.
-    void pack_group_factors(int64_t groups, bool backwards, float* carry, float* factors) const {
-        const int64_t step = factor_step();
-        for (int64_t i = 0; i < groups; ++i) {
-            const int64_t group = backwards ? groups - 1 - i : i;
-            const float* from = factors + group * kGroup * step;
-            float* to = group_factors(factors) + group * step;
-            for (int64_t c = 0; c < step; ++c) {
-                double product = 1 + static_cast<double>(carry[c]);
-                for (int t = 0; t < kGroup; ++t) product *= static_cast<double>(from[t * step + c]);
-                to[c] = static_cast<float>(product);
-                const double rounded = static_cast<double>(to[c]);
-                // 2 - x is 1 / x where it matters: near 1.
-                carry[c] = rounded > 0.5 ? static_cast<float>((product - rounded) * (2 - rounded)) : 0.0f;
-            }
-        }
-    }
-    float* group_factors(float* factors) const { return factors + layout_.block * factor_step(); }
-    int64_t carry_floats() const { return 2 * factor_step(); }
-    int64_t scaled_room() const { return p_.vector_decay() ? scaled_floats(layout_.block, layout_.ld_f) : 0; }
     int64_t factor_step() const { return p_.vector_decay() ? layout_.ld_f : 1; }
-    int64_t factor_floats() const { return p_.decay ? (layout_.block + layout_.block / kGroup) * factor_step() : 0; }
+
+    // Tokens t0 + t, t < n; padding has factor 1.
+    void pack_fading(const LinearHead& head, int64_t t0, int64_t n, const Fading& x) const {
+        p_.vector_decay() ? pack_rows_fading(head, t0, n, x) : pack_scalar_fading(head, t0, n, x);
+    }
+    void pack_scalar_fading(const LinearHead& head, int64_t t0, int64_t n, const Fading& x) const {
+        float from_start[kBlock], to_end[kBlock], sum = 0;
+        for (int64_t t = 0; t < kBlock; ++t) {
+            x.logs[t] = t < n ? *reinterpret_cast<const float*>(log_factor(head, t0 + t).data) : 0;
+            from_start[t] = sum += x.logs[t];
+        }
+        Vec carry = vset(*x.carry);
+        const Vec whole = next_factor(vset(sum), &carry);
+        for (int64_t c = 0; c < layout_.ld_f; c += W) vstore(x.whole + c, whole);
+        vstore(x.carry, carry);
+        sum = 0;
+        for (int64_t t = kBlock - 1; t >= 0; sum += x.logs[t--]) to_end[t] = sum;
+        for (int t = 0; t < kBlock; t += W) {
+            vstore(x.factors + t, exp_nonpositive(vload(x.logs + t)));
+            vstore(x.start + t, exp_nonpositive(vload(from_start + t)));
+            vstore(x.end + t, exp_nonpositive(vload(to_end + t)));
+        }
+    }
+    void pack_rows_fading(const LinearHead& head, int64_t t0, int64_t n, const Fading& x) const {
+        const int64_t ld = layout_.ld_f;
+        for (int64_t t = 0; t < n; ++t) {
+            const Source log = log_factor(head, t0 + t);
+            load_row(log, 0, layout_.F, ld, x.factors + t * ld);
+        }
+        for (int64_t c = 0; c < ld; c += W) {
+            Vec sum = vzero(), fade = vset(1.0f);
+            for (int64_t t = 0; t < kBlock; ++t) {
+                Vec factor = vset(1.0f);
+                if (t < n) {
+                    const Vec log = vload(x.factors + t * ld + c);
+                    sum = vadd(sum, log);
+                    factor = exp_nonpositive(log);
+                }
+                fade = vmul(fade, factor);
+                vstore(x.factors + t * ld + c, factor);
+                vstore(x.start + t * ld + c, fade);
+            }
+            Vec carry = vload(x.carry + c);
+            vstore(x.whole + c, next_factor(sum, &carry));
+            vstore(x.carry + c, carry);
+            fade = vset(1.0f);
+            for (int64_t t = kBlock - 1; t >= 0; --t) {
+                vstore(x.end + t * ld + c, fade);
+                fade = vmul(fade, vload(x.factors + t * ld + c));
+            }
+        }
+    }
+
+    // Features of a block.
+    struct BlockRows {
+        float *q, *k;           // [kBlock][ld_f]
+        float *reads, *enters;  // [ld_f][kBlock]: q faded from the block's start, k to its end
+        float* pairs;           // [kBlock][kBlock]
+        float* turned;          // of a vector of factors: these as [ld_f][kBlock], then pairs the other way
+        Fading fading;
+    };
+    BlockRows place_rows(Arena& arena) const {
+        const int64_t n = kBlock * layout_.ld_f;
+        BlockRows x;
+        x.q = arena.floats(n);
+        x.k = arena.floats(n);
+        x.reads = arena.floats(n);
+        x.enters = arena.floats(n);
+        x.turned = arena.floats(p_.vector_decay() ? n + kBlock * kBlock : 0);
+        x.pairs = arena.floats(kBlock * kBlock);
+        x.fading = place_fading(arena);
+        return x;
+    }
+    template <Factor factor>
+    static Vec factor_at(const float* row, int64_t c) {
+        return factor == Factor::kRows ? vload(row + c) : vset(*row);
+    }
+    // x_t times factors of each token.
+    template <Factor factor>
+    void fade_rows(const float* factors, float* x) const {
+        if (factor == Factor::kNone) return;
+        const int64_t ld = layout_.ld_f;
+        for (int64_t t = 0; t < kBlock; ++t, x += ld, factors += factor_step()) {
+            for (int64_t c = 0; c < ld; c += W) vstore(x + c, vmul(vload(x + c), factor_at<factor>(factors, c)));
+        }
+    }
+    // x [ld_f][kBlock] times [kBlock] or [kBlock][ld_f] factors.
+    template <Factor factor>
+    void fade_turned(const float* factors, float* x) const {
+        if (factor == Factor::kNone) return;
+        for (int64_t f = 0; f < layout_.F; f += factor == Factor::kRows ? W : 1) {
+            for (int64_t t = 0; t < kBlock; t += W) {
+                float* at = x + f * kBlock + t;
+                if (factor == Factor::kScalar) vstore(at, vmul(vload(at), vload(factors + t)));
+                if (factor != Factor::kRows) continue;
+                Vec tile[W];
+                FASTATTN_UNROLL for (int i = 0; i < W; ++i) tile[i] = vload(factors + (t + i) * layout_.ld_f + f);
+                transpose(tile);
+                FASTATTN_UNROLL for (int i = 0; i < W; ++i) {
+                    vstore(at + i * kBlock, vmul(vload(at + i * kBlock), tile[i]));
+                }
+            }
+        }
+    }
+    // reads, enters, and of both the pairs of a scan.
+    template <Factor factor, bool backwards>
+    void pair_up(int64_t n, bool reads, bool enters, const BlockRows& x) const {
+        const int64_t ld = layout_.ld_f;
+        if (enters) turn(x.k, ld, kBlock, ld, x.enters, kBlock);
+        if (reads) turn(x.q, ld, kBlock, ld, x.reads, kBlock);
+        if (reads && enters && factor == Factor::kRows) {
+            turn(x.fading.factors, ld, kBlock, ld, x.turned, kBlock);
+            float* pairs = backwards ? x.pairs : x.turned + ld * kBlock;
+            pair_features(layout_.F, x.reads, x.enters, x.turned, pairs);
+            if (!backwards) turn(pairs, kBlock, kBlock, kBlock, x.pairs, kBlock);
+        } else {
+            if (reads && enters) {
+                inner_products(n, backwards ? x.q : x.k, ld, backwards ? x.enters : x.reads, layout_.F, x.pairs);
+                fade_pairs<factor == Factor::kScalar, false, backwards>(n, x.fading.logs, x.pairs);
+            }
+            if (enters) fade_turned<factor>(x.fading.end, x.enters);
+        }
+        if (reads) fade_turned<factor>(x.fading.start, x.reads);
+    }
+
+    Panels panels(float* state, int64_t first, int64_t last) const {
+        return {state, layout_.F, first, last, layout_.v_vecs};
+    }
+    int64_t panel_floats() const { return layout_.F * kPanel; }
 
     Source log_factor(const LinearHead& head, int64_t t) const {
         return {p_.decay.row(head.b, head.hs, t), DType::kFloat32, 0, p_.decay.last_stride()};
     }
 
-    // Tiles [first, last) of the lanes of a state [F][Dv] of user memory; null is zero.
-    void load_state(const float* kv, int64_t first, int64_t last, float* x) const {
-        const int64_t F = layout_.F, Dv = layout_.Dv;
-        for (int64_t tile = first; tile < last; ++tile) {
-            const int n = static_cast<int>(least<int64_t>(W, Dv - tile * W));
-            for (int64_t f = 0; f < F; ++f, x += W) vstore(x, kv ? vload_n(kv + f * Dv + tile * W, n) : vzero());
-        }
-    }
-    void store_state(const float* x, int64_t first, int64_t last, float* kv) const {
-        const int64_t F = layout_.F, Dv = layout_.Dv;
-        for (int64_t tile = first; tile < last; ++tile) {
-            const int n = static_cast<int>(least<int64_t>(W, Dv - tile * W));
-            for (int64_t f = 0; f < F; ++f, x += W) vstore_n(kv + f * Dv + tile * W, vload(x), n);
-        }
-    }
-
-    void pack_scalars(const LinearHead& head, int64_t t0, int64_t n, bool backwards, float* carry, float* out) const {
-        float low[kLongestBlock + W];
-        for (int64_t t = 0; t < n; ++t) out[t] = *reinterpret_cast<const float*>(log_factor(head, t0 + t).data);
-        each_vector(n, [&](int64_t t, int lanes) {
-            Vec high, rest;
-            exp_nonpositive(vload_n(out + t, lanes), &high, &rest);
-            vstore_n(out + t, high, lanes);
-            vstore(low + t, rest);
+    // Lanes of a state [F][Dv] of user memory; null is zero.
+    void load_state(const float* kv, const Panels& state) const {
+        state.each([&](float* x, int64_t lane, int vecs) {
+            for (int64_t f = 0; f < layout_.F; ++f) {
+                for (int64_t c = lane; c < lane + vecs * W; c += W, x += W) {
+                    vstore(x, kv ? vload_n(kv + f * layout_.Dv + c, static_cast<int>(least<int64_t>(W, layout_.Dv - c)))
+                                 : vzero());
+                }
+            }
         });
-        for (int64_t i = 0; i < n; ++i) {
-            const int64_t t = backwards ? n - 1 - i : i;
-            out[t] = next_factor(out[t], low[t], carry);
-        }
+    }
+    void store_state(const Panels& state, float* kv) const {
+        state.each([&](const float* x, int64_t lane, int vecs) {
+            for (int64_t f = 0; f < layout_.F; ++f) {
+                for (int64_t c = lane; c < lane + vecs * W; c += W, x += W) {
+                    vstore_n(kv + f * layout_.Dv + c, vload(x), static_cast<int>(least<int64_t>(W, layout_.Dv - c)));
+                }
+            }
+        });
     }
 
     // Rows of features: x += factor * y, and x . y.
@@ -225,36 +317,38 @@ class LinearWork {
         for (int64_t c = 0; c < layout_.ld_f; c += W) vstore(x + c, vfma(weight, vload(y + c), vload(x + c)));
     }
     // A sum of features over tokens, faded and rounded as a scan rounds its state, so that errors of one divide out
-    // against the other's: `now` after each token, `base` after each group.
+    // against the other's: `now` after each token, `base` after each block.
     struct FeatureSum {
         float *base, *added, *fade, *now;
     };
     FeatureSum place_sum(Arena& arena) const {
         const int64_t n = p_.normalize ? layout_.ld_f : 0;
-        float* base = arena.floats(n);
-        // Without a decay nothing but the sum itself is needed.
-        return p_.decay ? FeatureSum{base, arena.floats(n), arena.floats(n), arena.floats(n)}
-                        : FeatureSum{base, nullptr, nullptr, base};
+        return {arena.floats(n), arena.floats(n), arena.floats(n), arena.floats(n)};
     }
-    // Adds weight * features of token t of a block, of which a group `begins` or `ends` at t. Strict: `now` is what was
-    // there before, after the factor.
+    // Adds weight * features of a token, with which a block begins or before which the sum fades by `factors`. Strict:
+    // `now` is what was there before it, after the factor.
     template <Factor factor, bool strict>
-    void add_token(const FeatureSum& sum, int64_t t, bool begins, bool ends, float* factors, float weight,
+    void add_token(const FeatureSum& sum, bool begins, const float* factors, float weight,
                    const float* features) const {
-        if (factor == Factor::kNone) return add_features(weight, features, sum.base);
-        const float *of_token = factors + t * factor_step(),
-                    *of_group = group_factors(factors) + t / kGroup * factor_step();
         for (int64_t c = 0; c < layout_.ld_f; c += W) {
-            const Vec f = factor == Factor::kRows ? vload(of_token + c) : vset(*of_token);
-            const Vec fade = begins ? f : vmul(f, vload(sum.fade + c)), base = vload(sum.base + c);
-            const Vec old = begins ? vzero() : vmul(f, vload(sum.added + c));
-            const Vec added = vfma(vset(weight), vload(features + c), old);
+            Vec old = begins ? vzero() : vload(sum.added + c), fade = begins ? vset(1.0f) : vload(sum.fade + c);
+            if (factor != Factor::kNone && factors) {
+                old = vmul(old, factor_at<factor>(factors, c));
+                fade = vmul(fade, factor_at<factor>(factors, c));
+            }
+            const Vec added = vfma(vset(weight), vload(features + c), old), base = vload(sum.base + c);
             vstore(sum.now + c, vfma(fade, base, strict ? old : added));
-            vstore(sum.fade + c, fade);
             vstore(sum.added + c, added);
-            if (!ends) continue;
-            const Vec whole = factor == Factor::kRows ? vload(of_group + c) : vset(*of_group);
-            vstore(sum.base + c, vfma(whole, base, added));
+            vstore(sum.fade + c, fade);
+        }
+    }
+    // After the last token of a block; `factors`: what fades it still.
+    template <Factor factor>
+    void end_block(const FeatureSum& sum, const float* factors, const float* whole) const {
+        for (int64_t c = 0; c < layout_.ld_f; c += W) {
+            Vec added = vload(sum.added + c), base = vload(sum.base + c);
+            if (factor != Factor::kNone && factors) added = vmul(added, factor_at<factor>(factors, c));
+            vstore(sum.base + c, factor == Factor::kNone ? vadd(base, added) : vfma(vload(whole + c), base, added));
         }
     }
     static float dot(const float* x, const float* y, int64_t n) {

@@ -82,7 +82,8 @@ def _why_not_linear(call: LinearCall) -> list[str]:
 def describe(call: Call) -> str:
     assert _C is not None
     if isinstance(call, LinearCall):
-        kind = "one step in place" if call.step else "recurrent scan" if call.params.causal else "two passes"
+        scan = "scan by groups of 4 tokens" if call.x.beta is not None else "scan by blocks of 16 tokens"
+        kind = "one step in place" if call.step else scan if call.params.causal else "two passes"
     else:
         q, k = call.x.q, call.x.k
         few_rows = _C.is_decode(q.shape[2], q.shape[1] // max(k.shape[1], 1), k.shape[2])

@@ -147,7 +147,7 @@ def linear_attention_step(
     """
     if state is None:
         raise TypeError("a step advances a state, got None; start from LinearState.zeros(...)")
-    call = _call(q, k, v, feature_map, True, decay, beta, normalize, scale, state, None, None, None)
+    call = _call(q, k, v, feature_map, True, decay, beta, normalize, scale, state, None, None, None, look=False)
     x = call.x
     if call.needs_grad:
         raise RuntimeError(
@@ -163,15 +163,20 @@ def linear_attention_step(
     for name, t in zip(("kv", "z"), (x.kv, x.z)):
         if t is not None and not t.is_contiguous():
             raise ValueError(f"state.{name} must be contiguous to be advanced in place; pass state.{name}.contiguous()")
-    call = call._replace(step=True)
+    chosen = select(call._replace(step=True), backend)
+    if chosen != "native":  # which looks at values itself: torch's reductions cost more than the rest of a small step
+        if x.decay is not None:
+            linear_checks.decay_values(x.decay)
+        if x.beta is not None:
+            linear_checks.beta_values(x.beta)
     with full_precision(x.q):
-        return BACKENDS[select(call, backend)].linear_step(x, call.params)
+        return BACKENDS[chosen].linear_step(x, call.params)
 
 
 def _call(
-    q, k, v, feature_map, causal, decay, beta, normalize, scale, state, key_mask, cu_seqlens, chunk_size
+    q, k, v, feature_map, causal, decay, beta, normalize, scale, state, key_mask, cu_seqlens, chunk_size, look=True
 ) -> LinearCall:
-    """Checks what the arguments mean and normalises them."""
+    """Checks what the arguments mean and normalises them; `look`: also the values of decay and beta."""
     if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
         q, k, v = autocast(q, k, v)
     linear_checks.qkv(q, k, v, causal)
@@ -180,9 +185,9 @@ def _call(
     if cu_seqlens is not None:
         x = x._replace(cu_seqlens=linear_checks.cu_seqlens(cu_seqlens, x))
     if decay is not None:
-        x = x._replace(decay=linear_checks.decay(decay, x, params))
+        x = x._replace(decay=linear_checks.decay(decay, x, params, look))
     if beta is not None:
-        x = x._replace(beta=linear_checks.beta(beta, x, params))
+        x = x._replace(beta=linear_checks.beta(beta, x, params, look))
     if key_mask is not None:
         x = x._replace(key_mask=linear_checks.key_mask(key_mask, x, params))
     if state is not None:

@@ -78,8 +78,27 @@ def _floats(name: str, t: Any, q: Tensor) -> Tensor:
     return t
 
 
-def decay(g: Any, x: LinearTensors, call: LinearParams) -> Tensor:
-    """[Hs], [B, Hs, L] or [B, Hs, L, D] -> the last two, in the dtype of sums."""
+def decay_values(g: Tensor) -> None:
+    if _values_visible(g):
+        least, most = g.detach().aminmax()
+        if not (most <= 0 and least > -math.inf):
+            raise ValueError(
+                f"decay is the logarithm of a gate and must be finite and <= 0, got values from {float(least)} to {float(most)}; "
+                "pass torch.nn.functional.logsigmoid(x), or log(gate)"
+            )
+
+
+def beta_values(b: Tensor) -> None:
+    if _values_visible(b):
+        least, most = b.detach().aminmax()
+        if not (least >= 0 and most <= 2):
+            raise ValueError(
+                f"beta must be in [0, 2], got values from {float(least)} to {float(most)}; pass beta.sigmoid(), or twice that"
+            )
+
+
+def decay(g: Any, x: LinearTensors, call: LinearParams, look: bool) -> Tensor:
+    """[Hs], [B, Hs, L] or [B, Hs, L, D] -> the last two, in the dtype of sums; `look`: refuse wrong values here."""
     if not call.causal:
         raise ValueError("decay needs an order of tokens: pass causal=True, or no decay")
     g = _floats("decay", g, x.q)
@@ -92,30 +111,21 @@ def decay(g: Any, x: LinearTensors, call: LinearParams) -> Tensor:
         )
     if g.dim() == 4 and call.feature_map.startswith("taylor"):
         raise ValueError(f"decay per channel {list(g.shape)} does not go with feature_map={call.feature_map!r}")
-    if _values_visible(g):
-        least, most = g.detach().aminmax()
-        if not (most <= 0 and least > -math.inf):
-            raise ValueError(
-                f"decay is the logarithm of a gate and must be finite and <= 0, got values from {float(least)} to {float(most)}; "
-                "pass torch.nn.functional.logsigmoid(x), or log(gate)"
-            )
+    if look:
+        decay_values(g)
     g = g.to(accumulate_dtype(x.q.dtype))
     return g[None, :, None].expand(B, Hs, L) if g.dim() == 1 else g
 
 
-def beta(b: Any, x: LinearTensors, call: LinearParams) -> Tensor:
+def beta(b: Any, x: LinearTensors, call: LinearParams, look: bool) -> Tensor:
     if not call.causal:
         raise ValueError("beta (the delta rule) needs an order of tokens: pass causal=True, or no beta")
     b = _floats("beta", b, x.q)
     wanted = (x.q.shape[0], x.state_heads, x.k.shape[2])
     if tuple(b.shape) != wanted:
         raise ValueError(f"beta {list(b.shape)} must be [B, H, L] = {list(wanted)}, one number per token")
-    if _values_visible(b):
-        least, most = b.detach().aminmax()
-        if not (least >= 0 and most <= 2):
-            raise ValueError(
-                f"beta must be in [0, 2], got values from {float(least)} to {float(most)}; pass beta.sigmoid(), or twice that"
-            )
+    if look:
+        beta_values(b)
     return b.to(accumulate_dtype(x.q.dtype))
 
 
