@@ -15,9 +15,9 @@ SANITIZED := build/sanitize/site
 .PHONY: test bench lint format sanitize wheel wheels clean install
 .DELETE_ON_ERROR:
 
-# Idle threads that spin would take the cores from the next test.
+# Idle threads that spin would take the cores from other tests. A file stays in one process: its tests share what they build.
 test: $(VENV)/.installed
-	OMP_WAIT_POLICY=passive $(BIN)/pytest -m "not gpu" --durations=15 -p no:cacheprovider $(TEST_ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -m "not gpu" --numprocesses auto --maxprocesses 4 --dist loadfile --durations 15 -p no:cacheprovider $(TEST_ARGS)
 
 bench: $(VENV)/.installed
 	@mkdir -p build

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 
@@ -11,9 +12,10 @@ from typing import Any
 class Goal:
     """None: no goal of that kind."""
 
-    ratio: float | None = None  # at least this many times as fast as the baseline
+    ratio: float | None = None  # at least this many times as fast as `against`
     of_peak: float | None = None  # at least this share of the peak measured in the same run
     slower_by_us: float | None = None  # at most this much slower than the baseline
+    against: str = ""  # the implementation that the ratio is against; "": the baseline
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,10 @@ class Case:
     bytes: float = 0.0
     bound: str = "compute"  # or "memory" (read), "update" (read and written): which peak limits it
     goal: Goal = Goal()
+    must: Goal = Goal()  # the least that is accepted, where the goal has two steps
     presets: tuple[str, ...] = ("cpu",)
     device: str = "cpu"
+    peers: tuple[str, ...] = ()  # implementations that always run, next to the baseline and fastattn
     details: dict[str, Any] = field(default_factory=dict)  # shapes and options as plain data, for the JSON
     extra: str = ""  # what the op module has to know beyond the problem
 
@@ -44,3 +48,15 @@ class Implementation:
     peer: bool = False  # someone else's code: whatever it raises means "n/a", not "broken"
     other: bool = False  # a yardstick of time that computes something else: it is not checked
     timed: Callable[[Any], object] | None = None  # what the clock sees, where the case does not say it
+
+
+class NotAvailable(Exception):
+    """An implementation that cannot take a case here; the message is what the report says."""
+
+
+def installed(package: str) -> Any:
+    """The module, or NotAvailable."""
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise NotAvailable(f"{package.partition('.')[0]} is not installed ({error})") from error

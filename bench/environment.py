@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -19,7 +20,11 @@ from .peaks import native_library
 
 CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "bf16")
 
-SMI_FIELDS = "driver_version,clocks.sm,clocks.mem,power.limit"
+SMI_FIELDS = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu,ecc.mode.current"
+PEERS = ("flash-attn", "flash-linear-attention", "xformers", "entmax", "natten")
+VARIABLES = ("FASTATTN_", "OMP_", "GOMP_", "KMP_", "MKL_", "TORCH", "NVIDIA_TF32")
+PINNED_BY = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
+NOT_THROTTLED = ("Not Active", "[N/A]", "")
 
 
 def describe(threads: int) -> dict[str, Any]:
@@ -31,11 +36,13 @@ def describe(threads: int) -> dict[str, Any]:
             "torch": torch.__version__,
             "triton": _version("triton"),
             "python": platform.python_version(),
+            **{name: version for name in PEERS if (version := _version(name))},
         },
         "os": f"{platform.system()} {'.'.join(platform.release().split('.')[:2])} {platform.machine()}",
         "cpu": _cpu(),
         "threads": threads,
-        "variables": {n: v for n, v in sorted(os.environ.items()) if n.startswith(("FASTATTN_", "OMP_", "MKL_"))},
+        "pinned": any(name in os.environ for name in PINNED_BY),
+        "variables": {n: v for n, v in sorted(os.environ.items()) if n.startswith(VARIABLES)},
         "gpu": _gpu(),
         "git": _git(),
         "warnings": _warnings(),
@@ -117,9 +124,40 @@ def _warnings() -> list[str]:
         found.append(f"CPU governor is {governor}: clocks may ramp during a run")
     if torch.version.debug:
         found.append("torch is a debug build")
+    if _sanitized():
+        found.append("the native library is a sanitizer build")
     if sys.gettrace() is not None:
         found.append("a Python tracer is active")
+    if torch.cuda.is_available():
+        found += _gpu_warnings()
     return found
+
+
+def _sanitized() -> bool:
+    try:
+        return json.loads(_read(str(Path(fastattn.__file__).with_name("_build_info.json")))).get("sanitize") == "ON"
+    except json.JSONDecodeError:
+        return False
+
+
+def _gpu_warnings() -> list[str]:
+    found = [f"GPU throttled: {reason}" for reason in throttling()]
+    processes = _output(["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"]) or ""
+    others = [pid for pid in processes.split() if pid != str(os.getpid())]
+    if others:
+        found.append(f"{len(others)} other processes use the GPU")
+    if torch.backends.cuda.matmul.allow_tf32:
+        found.append("torch is allowed to multiply fp32 as tf32")
+    return found
+
+
+def throttling() -> list[str]:
+    """What holds the GPU's clocks down now, in the words of nvidia-smi."""
+    kinds = ("hw_thermal_slowdown", "sw_thermal_slowdown", "hw_power_brake_slowdown", "sw_power_cap")
+    fields = ",".join(f"clocks_event_reasons.{kind}" for kind in kinds)
+    answer = _output(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]) or ""
+    states = [state.strip() for state in answer.partition("\n")[0].split(",")]
+    return [kind.replace("_", " ") for kind, state in zip(kinds, states) if state not in NOT_THROTTLED]
 
 
 @dataclass(frozen=True)
@@ -153,6 +191,8 @@ def disturbances(before: Usage, after: Usage) -> list[str]:
         found.append(f"other processes used {others:.0%} of the CPUs during the run")
     if stolen > 0.01:
         found.append(f"the hypervisor took {stolen:.0%} of the CPUs during the run")
+    if torch.cuda.is_available():
+        found += [f"GPU throttled at the end of the run: {reason}" for reason in throttling()]
     return found
 
 
@@ -163,11 +203,12 @@ def lines(environment: dict[str, Any]) -> list[str]:
     commit = "not a checkout"
     if git and git["commit"]:
         commit = git["commit"][:12] + (" + local changes" if git["dirty"] else "")
+    pinned = {True: ", pinned", False: ", not pinned", None: ""}[environment.get("pinned")]
     text = [
         versions,
         f"commit {commit}   {environment['os']}   {environment['time']}",
         f"CPU {cpu['model']}, {cpu['cores']} cores, L3 {cpu['l3']}, ISA {cpu['isa']} ({' '.join(cpu['flags'])})",
-        f"threads {environment['threads']}",
+        f"threads {environment['threads']}{pinned}",
     ]
     if environment["variables"]:
         text.append("set: " + " ".join(f"{n}={v}" for n, v in environment["variables"].items()))

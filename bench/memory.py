@@ -1,14 +1,20 @@
-"""Peak memory of one long forward and backward, in a process of its own: `python -m fastattn.bench.memory`."""
+"""Peak memory: of any call of this process, and of one long forward and backward in a process of its own.
+
+`python -m fastattn.bench.memory` is that process.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+RESET = Path("/proc/self/clear_refs")  # a 5 written there makes VmHWM start again
 LENGTH, HEADS, HEAD_DIM = 32768, 1, 64
 NAME = f"bf16 forward + backward causal, B1 H{HEADS} L{LENGTH} D{HEAD_DIM}"
 
@@ -23,6 +29,28 @@ def measure(timeout: float, threads: int, backend: str = "auto", length: int = L
     if done.returncode != 0:
         return {"case": NAME, "status": "n/a", "reason": (done.stderr.strip().splitlines() or ["no message"])[-1]}
     return {"case": NAME, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def peak_extra(call: Callable[[], object], device: str) -> int | None:
+    """Bytes that a call needs at its peak beyond what was there before, results included; None where nobody counts.
+
+    On the CPU the pages of the process: what malloc has kept is handed back first, or it would hide as much.
+    """
+    if device == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        allocated = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - allocated
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        RESET.write_text("5")
+        before = _resident("VmRSS")
+        call()
+        return max(0, _resident("VmHWM") - before)
+    except (OSError, AttributeError, RuntimeError):
+        return None
 
 
 def _resident(field: str) -> int:
@@ -71,7 +99,7 @@ def _child(threads: int, backend: str, length: int) -> dict[str, Any]:
     inputs = tensors(length)
     size = inputs[0].nbytes
     blocks = _use_up_freed_heap(size)
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    RESET.write_text("5")
     before = _resident("VmRSS")
     start = perf_counter()
     step(*inputs)

@@ -25,7 +25,7 @@ class Peaks:
 
     def of(self, dtype: str, bound: str) -> float | None:
         """The peak that limits a case. A CPU without fp16 arithmetic computes fp16 in fp32."""
-        if bound == "memory":
+        if bound != "compute":
             return self.read
         return self.bf16 if dtype == "bf16" or self.fp32 is None else self.fp32
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from .case import Case
+from .case import Case, Goal
 from .gpt import EARLY_STEPS
-from .peaks import Peaks
 from .runner import Outcome, Result
 
 RED, GREEN = "red", "green"
+LONGEST_REASON = 100  # characters; the JSON has all
 Cell = tuple[str, str]  # text, colour or ""
 
 
-def show(title: str, header: list[str], rows: list[list[Cell]]) -> None:
+def show(title: str, header: list[str], rows: list[list[Cell]], left: tuple[int, ...] = (0, -1)) -> None:
+    """`left`: the columns that are not numbers."""
+    words = {i % len(header) for i in left}
     if sys.stdout.isatty():
         try:
             from rich.console import Console
@@ -25,7 +27,7 @@ def show(title: str, header: list[str], rows: list[list[Cell]]) -> None:
         else:
             table = Table(title=title, title_justify="left")
             for i, name in enumerate(header):
-                table.add_column(name, justify="right" if 0 < i < len(header) - 1 else "left")
+                table.add_column(name, justify="left" if i in words else "right")
             for row in rows:
                 table.add_row(*(Text(text, style=colour) for text, colour in row))
             Console().print(table)
@@ -33,8 +35,7 @@ def show(title: str, header: list[str], rows: list[list[Cell]]) -> None:
     widths = [max(len(name), *(len(row[i][0]) for row in rows)) for i, name in enumerate(header)] if rows else []
 
     def line(cells: list[str]) -> str:
-        last = len(cells) - 1
-        padded = (c.rjust(w) if 0 < i < last else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths)))
+        padded = (c.ljust(w) if i in words else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths)))
         return "  ".join(padded).rstrip()
 
     print(f"\n{title}")
@@ -43,113 +44,131 @@ def show(title: str, header: list[str], rows: list[list[Cell]]) -> None:
         print(line([text for text, _ in row]))
 
 
-def speed(results: list[Result], peaks: Peaks) -> None:
-    """Ours beside the baseline, with goals; one row per implementation where there are more than two."""
-    show_peaks(peaks)
-    pairs = [r for r in results if len(r.outcomes) == 2]
-    if pairs:
-        header = "case|baseline ms|ours ms|ratio|goal|met|GFLOP/s or GB/s|% of peak|goal %|met|kernel".split("|")
-        show(
-            "Speed, medians of interleaved rounds; ratio = baseline (torch, where nothing else is named) / ours",
-            header,
-            [_pair(r) for r in pairs],
-        )
-    many = [r for r in results if len(r.outcomes) > 2]
-    if many:
-        header = "case|implementation|ms (p20-p80)|GFLOP/s|% of peak|vs torch|error vs torch|kernel".split("|")
-        rows = [row for result in many for row in _peers(result)]
-        show("Speed, medians of interleaved rounds; vs torch = torch / this", header, rows)
-    wrong = [(r.case.name, n, o.reason) for r in results for n, o in r.outcomes.items() if o.status == "wrong"]
-    for case, name, reason in wrong:
-        print(f"WRONG, not timed: {case}: {name}: {reason}")
-    judged = [met for r in results for met in (r.ratio_met(), r.peak_met()) if met is not None]
+def speed(results: list[Result], peaks: dict[str, Any] | None) -> None:
+    """One row per implementation of each case; `ours is` says how many times faster fastattn is than that one."""
+    if peaks is not None:
+        show_peaks(peaks)
+    header = "case|implementation|ms (p20-p80)|rate|% of roof|ours is|extra MiB|error|goal||kernel".split("|")
+    title = "Speed, medians of interleaved rounds; rate in GFLOP/s, or GB/s where memory is the bound"
+    show(title, header, [row for result in results for row in _rows(result)], (0, 1, -2, -1))
+    judged = [met for r in results for met in (r.ratio_met(r.case.goal), r.peak_met(r.case.goal)) if met is not None]
     if judged:
         print(f"goals met: {sum(judged)} of {len(judged)}")
 
 
-def show_peaks(peaks: Peaks) -> None:
-    units = (("fp32 FMA", peaks.fp32, "GFLOP/s"), ("bf16", peaks.bf16, "GFLOP/s"), ("read", peaks.read, "GB/s"))
-    found = ", ".join(f"{name} {value:.0f} {unit}" for name, value, unit in units if value is not None)
-    print(f"\nPeaks of this run: {found} ({peaks.source})" if found else f"\nPeaks of this run: {peaks.source}")
+def show_peaks(peaks: dict[str, Any]) -> None:
+    units = (("fp32 FMA", "fp32", "GFLOP/s"), ("bf16", "bf16", "GFLOP/s"), ("read", "read", "GB/s"))
+    found = ", ".join(f"{name} {peaks[key]:.0f} {unit}" for name, key, unit in units if peaks[key] is not None)
+    print(f"\nPeaks of this run: {found} ({peaks['source']})" if found else f"\nPeaks of this run: {peaks['source']}")
+
+
+def verdicts(result: Result) -> str:
+    """Every implementation of a case in words: right or not, and how far off."""
+    return "; ".join(_verdict(name, outcome, result.baseline) for name, outcome in result.outcomes.items())
+
+
+def _verdict(name: str, outcome: Outcome, baseline: str) -> str:
+    text = f"{name} {outcome.status}"
+    if outcome.rms_error is not None:
+        text += f", rms {outcome.rms_error:.0e}"
+    if outcome.error_vs_baseline is not None:
+        text += f", max {outcome.error_vs_baseline:.2f}x {baseline}'s"
+    return f"{text}: {outcome.reason}" if outcome.reason else text
+
+
+def times(result: Result) -> str:
+    found = "  ".join(f"{n} {o.samples.median * 1e3:.3f} ms" for n, o in result.outcomes.items() if o.samples)
+    ratios = result.faster_than(result.baseline)
+    return found + (f"  {ratios.median:.2f}x" if ratios else "")
+
+
+def wrong(results: list[Result]) -> list[str]:
+    return [
+        f"WRONG, not timed: {result.case.name}: {name}: {outcome.reason}"
+        for result in results
+        for name, outcome in result.outcomes.items()
+        if outcome.status == "wrong"
+    ]
+
+
+def goal_text(goal: Goal) -> str:
+    """As "1.2x cudnn, 85%", "<= +5 us"; empty where there is no goal."""
+    parts = [] if goal.ratio is None else [f"{goal.ratio:g}x {goal.against}".strip()]
+    parts += [] if goal.of_peak is None else [f"{goal.of_peak:.0%}"]
+    parts += [] if goal.slower_by_us is None else [f"<= +{goal.slower_by_us:g} us"]
+    return ", ".join(parts)
+
+
+def _met(result: Result) -> Cell:
+    case = result.case
+    judged = [met for met in (result.ratio_met(case.goal), result.peak_met(case.goal)) if met is not None]
+    must = result.must_met()
+    if must is False or (judged and not all(judged) and must is None):
+        return ("MISSED", RED)
+    if judged and all(judged):
+        return ("met", GREEN)
+    return ("must met", GREEN) if must else ("", "")
 
 
 def _ms(outcome: Outcome) -> Cell:
     if outcome.samples is None:
-        return (
-            outcome.status.upper() if outcome.status == "wrong" else "n/a",
-            RED if outcome.status == "wrong" else "",
-        )
-    return (f"{outcome.samples.median * 1e3:.{3 if outcome.samples.median < 1e-2 else 1}f}", "")
+        return ("WRONG", RED) if outcome.status == "wrong" else ("n/a", "") if outcome.status == "n/a" else ("-", "")
+    median, p20, p80 = (x * 1e3 for x in (outcome.samples.median, *map(outcome.samples.quantile, (0.2, 0.8))))
+    digits = 3 if median < 10 else 1
+    return (f"{median:.{digits}f} ({p20:.{digits}f}-{p80:.{digits}f})", "")
 
 
-def _met(met: bool | None) -> Cell:
-    return {None: ("", ""), True: ("met", GREEN), False: ("MISSED", RED)}[met]
+def _error(outcome: Outcome) -> str:
+    if outcome.error_vs_baseline is not None:
+        return f"{outcome.error_vs_baseline:.2f}x"
+    return "" if outcome.rms_error is None else f"rms {outcome.rms_error:.0e}"
 
 
-def _percent(share: float | None) -> Cell:
-    return ("" if share is None else f"{share:.0%}", "")
+def _ours_is(result: Result, name: str, outcome: Outcome) -> str:
+    ratios = result.faster_than(name)
+    if name == "fastattn" or ratios is None:
+        return ""
+    if result.case.goal.slower_by_us is not None and outcome.samples and result.ours.samples:
+        return f"{(result.ours.samples.median - outcome.samples.median) * 1e6:+.1f} us"
+    return f"{ratios.median:.2f}x"
 
 
-def _pair(result: Result) -> list[Cell]:
-    goal, ratios, rate = result.case.goal, result.ratio(), result.rate(result.ours)
-    base, ours = result.base.samples, result.ours.samples
-    speedup = "" if ratios is None else f"{ratios.median:.2f}x"
-    wanted = "" if goal.ratio is None else f"{goal.ratio:g}x"
-    if goal.slower_by_us is not None:
-        wanted = f"<= +{goal.slower_by_us:g} us"
-        speedup = "" if base is None or ours is None else f"{(ours.median - base.median) * 1e6:+.1f} us"
-    note = result.ours.kernel if result.ours.status == "ok" else f"{result.ours.status}: {result.ours.reason}"
-    return [
-        (result.case.name, ""),
-        _ms(result.base),
-        _ms(result.ours),
-        (speedup, ""),
-        (wanted, ""),
-        _met(result.ratio_met()),
-        ("" if rate is None else f"{rate:.1f}", ""),
-        _percent(result.of_peak(result.ours)),
-        _percent(goal.of_peak),
-        _met(result.peak_met()),
-        (note, ""),
-    ]
-
-
-def _peers(result: Result) -> list[list[Cell]]:
+def _rows(result: Result) -> list[list[Cell]]:
     rows = []
     for name, outcome in result.outcomes.items():
-        samples, rate = outcome.samples, result.rate(outcome)
-        spread, speedup = "", ""
-        if samples is not None:
-            spread = f" ({samples.quantile(0.2) * 1e3:.3f}-{samples.quantile(0.8) * 1e3:.3f})"
-            if result.base.samples is not None:
-                speedup = f"{result.base.samples.median / samples.median:.2f}x"
-        error = "" if outcome.error_vs_baseline is None else f"{outcome.error_vs_baseline:.2f}x"
-        text, colour = _ms(outcome)
-        rows.append(
-            [
-                (result.case.name if name == result.baseline else "", ""),
-                (name, ""),
-                (text + spread, colour),
-                ("" if rate is None else f"{rate:.0f}", ""),
-                _percent(result.of_peak(outcome)),
-                (speedup, ""),
-                (error, ""),
-                (outcome.kernel if outcome.status == "ok" else f"{outcome.status}: {outcome.reason}", ""),
-            ]
-        )
+        rate, share = result.rate(outcome), result.of_peak(outcome)
+        ours = name == "fastattn"
+        cells = [
+            (result.case.name if name == result.baseline else "", ""),
+            (name, ""),
+            _ms(outcome),
+            ("" if rate is None else f"{rate:.{1 if rate < 100 else 0}f}", ""),
+            ("" if share is None else f"{share:.0%}", ""),
+            (_ours_is(result, name, outcome), ""),
+            ("" if outcome.extra_bytes is None else f"{outcome.extra_bytes / 2**20:.1f}", ""),
+            (_error(outcome), ""),
+            (goal_text(result.case.goal) if ours else "", ""),
+            _met(result) if ours else ("", ""),
+            (f"{outcome.status}: {outcome.reason}"[:LONGEST_REASON] if outcome.reason else outcome.kernel, ""),
+        ]
+        rows.append(cells)
     return rows
 
 
 def cases(listed: list[Case]) -> None:
     rows: list[list[Cell]] = []
     for case in listed:
-        goal = case.goal
-        ratio = f"{goal.ratio:g}x" if goal.ratio else f"<= +{goal.slower_by_us:g} us" if goal.slower_by_us else ""
         shape = " ".join(f"{name}{value}" for name, value in case.details["shape"].items())
-        of_peak = f"{goal.of_peak:.0%}" if goal.of_peak else ""
-        cells = [case.name, shape, f"{case.flops * 1e-9:.2f}", ratio, of_peak, ",".join(case.presets)]
+        cells = [
+            case.name,
+            shape,
+            f"{case.flops * 1e-9:.2f}",
+            goal_text(case.goal),
+            case.device,
+            ",".join(case.presets),
+        ]
         rows.append([(cell, "") for cell in cells])
-    show("Cases", ["case", "shape", "GFLOP", "goal vs torch", "goal of peak", "presets"], rows)
+    show("Cases", ["case", "shape", "GFLOP", "goal", "device", "presets"], rows, (0, 1, 3, 4, 5))
 
 
 def memory(report: dict[str, Any]) -> None:

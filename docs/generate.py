@@ -1,16 +1,22 @@
-"""Rewrites the generated parts of README.md: the support matrix, and the figures of bench/results/*.json."""
+"""Rewrites what is generated: in README.md and docs/*.md the support matrix and every figure, and docs/charts/*.svg.
+
+Figures come from bench/results/*.json and nowhere else. `--check` writes nothing and fails if anything would change.
+"""
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
+from fastattn.bench import schema
+from fastattn.bench.report import charts, page
 from fastattn.support import matrix
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+README, BENCHMARKING = ROOT / "README.md", ROOT / "docs" / "benchmarking.md"
+CHARTS = ROOT / "docs" / "charts"
 RESULTS = ROOT / "bench" / "results"
+SHOWN = {"cpu": "Speed, first table", "masks": "Speed, masks", "linear": "Speed, linear attention"}  # parts of README
 
 
 def goal_text(goal: dict) -> str:
@@ -126,15 +132,61 @@ def replaced(text: str, name: str, content: str) -> str:
     return f"{head}{begin}\n{content}\n{end}{tail}"
 
 
-def generated() -> str:
+def runs(reports: dict[str, dict]) -> str:
+    """Where each committed file came from, and the command that makes it again."""
+    lines = ["| file | shown in README under | command | commit | machine | took |", "|" + "---|" * 6]
+    for name, report in reports.items():
+        env, git = report["environment"], report["environment"]["git"]
+        commit = "not recorded" if git is None else git["commit"][:12] + " with local changes" * git["dirty"]
+        given = {key: value for key, value in report["arguments"].items() if value not in (None, [], False, "auto")}
+        options = " ".join(f"--{key} {value}" for key, value in given.items())
+        machine = (
+            f"{env['cpu']['model']}, {env['threads']} threads, {env['cpu']['isa']}, torch {env['versions']['torch']}"
+        )
+        cells = [
+            f"`{name}.json`",
+            SHOWN[name],
+            f"`python -m fastattn.bench run {options} --json {name}.json`",
+            commit,
+            machine,
+        ]
+        lines.append("| " + " | ".join([*cells, f"{report['seconds']:.0f} s"]) + " |")
+    return "\n".join(lines)
+
+
+def drawn(reports: dict[str, dict]) -> dict[str, str]:
+    """Charts of the README by name."""
+    sweep = [row for row in reports["linear"]["results"] if row["baseline"] == "torch"]
+    ((_, family),) = page.families(sweep).items()
+    colours = page.Colours(sweep)
+    title = "linear attention, elu1, fp32 forward: time against length"
+    linear = page.speed_chart(title, family, colours, alone=True)
+    assert linear is not None
+    found = {"linear": linear}
+    for name, what in (("cpu", "torch's own attention"), ("masks", "the same without a mask, or another's")):
+        found[name] = charts.ratios(
+            f"fastattn: times as fast as {what}", page.bars(reports[name]["results"]), alone=True
+        )
+    return found
+
+
+def generated() -> dict[Path, str]:
+    """Every generated file with what it should hold."""
+    reports = {name: schema.load(RESULTS / f"{name}.json") for name in SHOWN}
     text = replaced(README.read_text(), "support", matrix("softmax"))
     text = replaced(text, "linear support", matrix("linear"))
-    text = replaced(text, "speed", figures(json.loads((RESULTS / "cpu.json").read_text())))
-    text = replaced(text, "linear", linear_figures(json.loads((RESULTS / "linear.json").read_text())))
-    return replaced(text, "masks", mask_figures(json.loads((RESULTS / "masks.json").read_text())))
+    text = replaced(text, "speed", figures(reports["cpu"]))
+    text = replaced(text, "linear", linear_figures(reports["linear"]))
+    text = replaced(text, "masks", mask_figures(reports["masks"]))
+    pages = {README: text, BENCHMARKING: replaced(BENCHMARKING.read_text(), "runs", runs(reports))}
+    return pages | {CHARTS / f"{name}.svg": image + "\n" for name, image in drawn(reports).items()}
 
 
 if __name__ == "__main__":
+    wanted = generated()
+    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     if "--check" in sys.argv:
-        sys.exit(README.read_text() != generated())
-    README.write_text(generated())
+        sys.exit(f"out of date: {', '.join(str(path.relative_to(ROOT)) for path in stale)}" if stale else 0)
+    CHARTS.mkdir(exist_ok=True)
+    for path in stale:
+        path.write_text(wanted[path])

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "fastattn.kernels": ("kernels",),
     "fastattn.backends.reference": ("params", "philox", "reference"),
     "fastattn.backends.eager": ("params", "eager"),
-    "fastattn.backends.native": ("params", "_C"),
+    "fastattn.backends.native": ("_version", "params", "_C"),
     "fastattn.backends.triton": ("params", "kernels"),
     "fastattn.backends.cuda": ("params", "_C"),
     "fastattn.dispatch": ("params", "backends"),

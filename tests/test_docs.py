@@ -1,6 +1,7 @@
 """README and docs say what the code says: snippets run, generated parts are up to date, pictures are there."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+NOT_MEASURED = ("32 MiB",)  # a limit that the code sets
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SNIPPETS = [
     pytest.param(snippet, id=f"{page.name}-{n}")
@@ -36,3 +38,37 @@ def test_pictures_can_be_drawn(tmp_path):
     shown = set(re.findall(r"\]\(images/(.*?)\)", (ROOT / "docs" / "masks.md").read_text()))
     kept = {path.name: path.stat().st_size for path in (ROOT / "docs" / "images").glob("*")}
     assert drawn == shown == set(kept) and max(kept.values()) < 30_000
+
+
+MEASURED = re.compile(
+    r"\b\d[\d.,]*\s?(?:ms|us|GFLOP/s|TFLOP/s|GB/s|tokens/s|MiB)\b|\b\d+\.\d+x(?!\w)|\b\d+(?:\.\d+)? times (?:as fast|faster)"
+)
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_every_figure_is_generated(page):
+    """A number with a unit of speed or memory stands only between the marks of docs/generate.py, or of what is predicted."""
+    by_hand = re.sub(r"<!-- (.*?): (generated|not measured)\b.*?<!-- end of \1 -->", "", page.read_text(), flags=re.S)
+    found = [found.group() for found in MEASURED.finditer(by_hand)]
+    assert not [figure for figure in found if figure not in NOT_MEASURED], found
+
+
+def test_a_chart_that_differs_from_the_results_is_noticed(tmp_path):
+    """`--check` names what is out of date: run on a copy of the pages, of which one figure was changed by hand."""
+    for name in ("README.md", "docs", "bench/results"):
+        source, target = ROOT / name, tmp_path / name
+        target.parent.mkdir(exist_ok=True)
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+    for page, figure in (
+        ("README.md", r"\| met \|"),
+        ("docs/charts/cpu.svg", r"\d\.\d\dx"),
+        ("docs/benchmarking.md", r"\| \d+ s \|"),
+    ):
+        path = tmp_path / page
+        changed, count = re.subn(figure, "| 9.99x better |", path.read_text(), count=1)
+        assert count == 1
+        path.write_text(changed)
+    check = [sys.executable, tmp_path / "docs" / "generate.py", "--check"]
+    done = subprocess.run(check, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "out of date: README.md, docs/benchmarking.md, docs/charts/cpu.svg"

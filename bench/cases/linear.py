@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,14 +14,13 @@ from torch import Tensor
 import fastattn
 from fastattn.testing.inputs import randn
 
-from ..case import Case, Goal, Implementation
+from .. import peers as everyone
+from ..case import Case, Goal, Implementation, NotAvailable, installed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NO_GOAL = Goal()
 STEP_COPIES_BYTES = 256 << 20  # rotate this much state, so that no cache holds the next call's
 SHORT = 2048  # length that the cost per token of long sequences is held against
-
-torch_attention = F.scaled_dot_product_attention  # bound here: fastattn.enable() must not reach the baseline
 
 
 @dataclass(frozen=True)
@@ -149,18 +149,23 @@ def gpu_cases() -> list[Case]:
                 goal = Goal(1.2 if backward else 1.15)
                 fields = {"backward": backward, "with_forward": backward}
                 problem = Problem(B, H, L, 128, variant)
-                cases.append(case(name, problem, "bf16", "fla", goal, presets=("gpu",), device="cuda", **fields))
+                cases.append(case(name, problem, "bf16", "fla", goal, device="cuda", **fields))
     return cases
 
 
-CASES = (*cpu_cases(), *gpu_cases())
+def ci_cases() -> list[Case]:
+    problem = Problem(1, 4, 512, 64, "elu1")
+    return [case("elu1 forward H4 L512", problem, "fp32", "eager", presets=("ci",), peers=everyone.BACKENDS)]
+
+
+CASES = (*cpu_cases(), *ci_cases(), *gpu_cases())
 
 
 def make(case: Case) -> list[Inputs]:
     """The inputs, in as many copies as the calls have to rotate through."""
     p, variant, dtype, device = case.problem, VARIANTS[case.problem.variant], DTYPES[case.dtype], case.device
     shape = (p.B, p.H, p.L, p.D)
-    q, k, v, dout = (randn(shape, dtype, seed, device) for seed in range(4))
+    q, k, v, dout = (randn(shape, dtype, seed, device, device) for seed in range(4))
     decay = beta = None
     if variant.beta:
         k = F.normalize(k, dim=-1)
@@ -205,19 +210,29 @@ def golden(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     return dict(zip((f"d{name}" for name in exact), grads))
 
 
-def implementations(case: Case, backend: str = "auto") -> dict[str, Implementation]:
+def peers(case: Case) -> dict[str, Callable[[], Implementation]]:
+    """Everyone who can be asked for by name; made when called."""
     problem = case.problem
     if case.bound == "update":
-        return {name: _step(problem, b) for name, b in (("eager", "eager"), ("fastattn", backend))}
-    baseline = {
-        "eager": lambda: _linear(problem, "eager"),
-        "4 forwards": lambda: _repeated(problem, backend, 4, problem.L),
-        "short": lambda: _repeated(problem, backend, problem.L // SHORT, SHORT),
-        "softmax": lambda: _softmax(fastattn.attention, "fastattn.attention, causal"),
-        "torch": lambda: _softmax(_torch_causal, "torch's choice, causal softmax"),
-        "fla": lambda: _fla(problem),
-    }[case.extra]()
-    return {case.extra: baseline, "fastattn": _linear(problem, backend)}
+        return {name: partial(_step, problem, name) for name in everyone.BACKENDS}
+    return {
+        "softmax": partial(_softmax, fastattn.attention, "fastattn.attention, causal"),
+        "torch": partial(_softmax, _torch_causal, "torch's choice, causal softmax"),
+        "fla": partial(_fla, problem),
+        **{name: partial(_linear, problem, name) for name in everyone.BACKENDS},
+    }
+
+
+def implementations(case: Case, backend: str = "auto", names: tuple[str, ...] = ()) -> dict[str, Implementation]:
+    """Baseline first, fastattn last, between them the case's peers and those of `names`."""
+    problem, found = case.problem, peers(case)
+    parts = {
+        "4 forwards": partial(_repeated, problem, backend, 4, problem.L),
+        "short": partial(_repeated, problem, backend, problem.L // SHORT, SHORT),
+    }
+    baseline = {case.extra: (found | parts)[case.extra]()}
+    ours = _step(problem, backend) if case.bound == "update" else _linear(problem, backend)
+    return everyone.together(baseline, ours, found, (*case.peers, *names))
 
 
 def _call(inputs: Inputs, problem: Problem, backend: str) -> Tensor:
@@ -227,8 +242,8 @@ def _call(inputs: Inputs, problem: Problem, backend: str) -> Tensor:
 
 def _kernel(inputs: Inputs, problem: Problem, backend: str) -> str:
     q, k, v, _, decay, beta, _ = inputs
-    explanation = fastattn.explain_linear(q, k, v, decay=decay, beta=beta, **problem.options, backend=backend)
-    return f"{explanation.chosen}: {explanation.kernel}"
+    options = {"decay": decay, "beta": beta, **problem.options, "backend": backend}
+    return everyone.in_words(fastattn.explain_linear(q, k, v, **options))
 
 
 def _linear(problem: Problem, backend: str) -> Implementation:
@@ -251,7 +266,7 @@ def _softmax(attend: Callable[..., Tensor], words: str) -> Implementation:
 
 
 def _torch_causal(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    return torch_attention(q, k, v, is_causal=causal)
+    return everyone.torch_attention(q, k, v, is_causal=causal)
 
 
 def _step(problem: Problem, backend: str) -> Implementation:
@@ -272,16 +287,16 @@ def _fla(problem: Problem) -> Implementation:
     """flash-linear-attention's chunked op for the variant; its tensors are [B, L, H, D]."""
 
     def run(x: Inputs) -> Tensor:
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # type: ignore[import-not-found]
-        from fla.ops.gla import chunk_gla  # type: ignore[import-not-found]
-        from fla.ops.simple_gla import chunk_simple_gla  # type: ignore[import-not-found]
-
+        if problem.variant not in ("scalar decay", "vector decay", "gated delta"):
+            raise NotAvailable(f"this bench has no call of fla for {problem.variant}")
         given: dict[str, Any] = {n: t.transpose(1, 2) for n, t in _differentiable(x).items()}
         q, k, v, g, beta = (given.get(n) for n in ("q", "k", "v", "decay", "beta"))
         if beta is not None:
-            out, _ = chunk_gated_delta_rule(q, k, v, g=g, beta=beta)
+            out, _ = installed("fla.ops.gated_delta_rule").chunk_gated_delta_rule(q, k, v, g=g, beta=beta)
+        elif problem.variant == "vector decay":
+            out, _ = installed("fla.ops.gla").chunk_gla(q, k, v, g)
         else:
-            out, _ = (chunk_gla if problem.variant == "vector decay" else chunk_simple_gla)(q, k, v, g)
+            out, _ = installed("fla.ops.simple_gla").chunk_simple_gla(q, k, v, g)
         return out.transpose(1, 2)
 
     return Implementation(run, lambda x: "flash-linear-attention", peer=True)

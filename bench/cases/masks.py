@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,18 +15,21 @@ from fastattn import masks
 from fastattn.testing import inputs as testing_inputs
 from fastattn.testing.inputs import Inputs
 
-from ..case import Case, Goal, Implementation
+from .. import mask_expression
+from .. import peers as everyone
+from ..case import Case, Goal, Implementation, NotAvailable, installed
 from . import softmax
 
 DTYPES = softmax.DTYPES
 BLOCK = 64
 OVERHEAD = 0.03  # of the dense time: what a sparse call may take beyond its density
 DOCUMENTS = 8
+PATTERNS = ("blocks", "causal documents", "documents", "window", "prefix")
 
 
 @dataclass(frozen=True)
 class Problem(testing_inputs.Case):
-    pattern: str = "full"
+    pattern: str = "full"  # one of PATTERNS, or an expression
     density: float = 1.0  # of blocks, where the pattern draws them
 
 
@@ -43,7 +46,7 @@ def mask_of(problem: Problem) -> masks.Mask:
         "window": lambda: masks.causal() & masks.window(1023, 0),
         "prefix": lambda: masks.causal() | masks.prefix(L // 8),
     }
-    return table[problem.pattern]()
+    return table[problem.pattern]() if problem.pattern in PATTERNS else mask_expression.parse(problem.pattern)
 
 
 @cache
@@ -125,11 +128,16 @@ def gpu_cases() -> list[Case]:
                 way = "backward" if backward else "forward"
                 name = f"bf16 {way} {pattern}{f' {density}' if pattern == 'blocks' else ''} L{L} D128, vs flex"
                 p = problem(pattern, L, H=16, D=128, density=density)
-                cases.append(case(name, p, "bf16", "flex", 1.25, backward=backward, presets=("gpu",), device="cuda"))
+                cases.append(case(name, p, "bf16", "flex", 1.25, backward=backward, presets=("masks",), device="cuda"))
     return cases
 
 
-CASES = (*cpu_cases(), *gpu_cases())
+def ci_cases() -> list[Case]:
+    fields: dict[str, Any] = {"presets": ("ci",), "peers": everyone.BACKENDS}
+    return [case("fp32 forward documents H4 L512", problem("documents", 512), "fp32", "torch", None, **fields)]
+
+
+CASES = (*cpu_cases(), *ci_cases(), *gpu_cases())
 
 make, leaves, pick = softmax.make, softmax.leaves, softmax.pick
 
@@ -139,53 +147,76 @@ def golden(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     return softmax.golden(case, inputs._replace(mask=visible))
 
 
-def implementations(case: Case, backend: str = "auto") -> dict[str, Implementation]:
+def peers(case: Case) -> dict[str, Callable[[], Implementation]]:
+    """Everyone who can be asked for by name; made when called."""
     problem = case.problem
-    # The plan is made and kept at the first call: the check.
-    ours = Implementation(
-        lambda x: fastattn.attention(x.q, x.k, x.v, mask=mask_of(problem), backend=backend),
-        lambda x: _kernel(fastattn.explain(x.q, x.k, x.v, mask=mask_of(problem), backend=backend)),
+    others = {"dense": _dense, "torch": _torch, "flex": _flex, "natten": _natten}
+    return {
+        **{name: partial(make, problem) for name, make in others.items()},
+        **{name: partial(_backend, problem, name) for name in everyone.BACKENDS},
+    }
+
+
+def implementations(case: Case, backend: str = "auto", names: tuple[str, ...] = ()) -> dict[str, Implementation]:
+    """Baseline first, fastattn last, between them the case's peers and those of `names`."""
+    found = peers(case)
+    baseline = {case.extra: found[case.extra]()}
+    return everyone.together(baseline, _backend(case.problem, backend), found, (*case.peers, *names))
+
+
+def _backend(problem: Problem, name: str) -> Implementation:
+    """The plan is made and kept at the first call: the check."""
+    options: dict[str, Any] = {"mask": mask_of(problem), "backend": name}
+    return Implementation(
+        lambda x: fastattn.attention(x.q, x.k, x.v, **options),
+        lambda x: everyone.in_words(fastattn.explain(x.q, x.k, x.v, **options)),
     )
-    baseline = {"dense": _dense, "torch": _torch, "flex": _flex}[case.extra](problem, backend)
-    return {case.extra: baseline, "fastattn": ours}
 
 
-def _kernel(explanation: fastattn.dispatch.Explanation) -> str:
-    return f"{explanation.chosen}: {explanation.kernel}"
-
-
-def _dense(problem: Problem, backend: str) -> Implementation:
+def _dense(problem: Problem) -> Implementation:
     """Our own time for everything: the result is that of the mask only where the mask hides nothing."""
     return Implementation(
-        lambda x: fastattn.attention(x.q, x.k, x.v, backend=backend),
+        lambda x: fastattn.attention(x.q, x.k, x.v),
         lambda x: "fastattn, no mask",
         other=mask_of(problem).density(problem.Lq, problem.Lk) < 1,
     )
 
 
-def _torch(problem: Problem, backend: str) -> Implementation:
+def _torch(problem: Problem) -> Implementation:
     @cache
     def visible(device: str) -> Tensor:
         return mask_of(problem).to_dense(problem.Lq, problem.Lk).to(device)
 
-    return Implementation(
-        lambda x: softmax.torch_attention(x.q, x.k, x.v, attn_mask=visible(x.q.device.type)),
-        lambda x: "torch's choice, dense bool mask",
-        peer=True,
-    )
+    def attend(x: Inputs) -> Tensor:
+        gqa = problem.Hq != problem.Hk
+        return everyone.torch_attention(x.q, x.k, x.v, attn_mask=visible(x.q.device.type), enable_gqa=gqa)
+
+    return Implementation(attend, lambda x: "torch's choice, dense bool mask", peer=True)
 
 
-def _flex(problem: Problem, backend: str) -> Implementation:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+def _flex(problem: Problem) -> Implementation:
+    def block_mask(x: Inputs) -> Any:
+        from torch.nn.attention.flex_attention import create_block_mask
 
-    torch._dynamo.reset()  # beyond eight shapes it would stop compiling and run unfused
-    compiled = torch.compile(flex_attention, dynamic=False)
-
-    @cache
-    def block_mask(device: str) -> Any:
+        if problem.pattern not in PATTERNS:
+            return mask_of(problem).to_flex(problem.Lq, problem.Lk, device=x.q.device)
+        device = x.q.device.type
         return create_block_mask(_mask_mod(problem, device), None, None, problem.Lq, problem.Lk, device=device)
 
-    def attend(x: Inputs) -> Tensor:
-        return compiled(x.q, x.k, x.v, block_mask=block_mask(x.q.device.type))
+    return everyone.compiled_flex(block_mask)
 
-    return Implementation(attend, lambda x: "compiled FlexAttention", peer=True)
+
+def _natten(problem: Problem) -> Implementation:
+    """Neighbourhood attention by its authors; tensors are [B, *grid, H, D]."""
+    mask = mask_of(problem)
+
+    def attend(x: Inputs) -> Tensor:
+        package = installed("natten")
+        if not isinstance(mask, masks.neighborhood):
+            raise NotAvailable("natten computes neighborhood masks only")
+        q, k, v = (t.transpose(1, 2).unflatten(1, mask.grid) for t in x[:3])
+        attention = getattr(package, f"na{len(mask.grid)}d")
+        out = attention(q, k, v, kernel_size=mask.kernel, dilation=mask.dilation)
+        return out.flatten(1, len(mask.grid)).transpose(1, 2)
+
+    return Implementation(attend, lambda x: "natten package", peer=True)

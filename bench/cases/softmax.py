@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
+from itertools import product
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import fastattn
@@ -15,6 +15,7 @@ from fastattn.testing import inputs as testing_inputs
 from fastattn.testing.inputs import Case as Problem
 from fastattn.testing.inputs import Inputs
 
+from .. import peers as everyone
 from ..case import Case, Goal, Implementation
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -22,18 +23,10 @@ NO_GOAL = Goal()
 GOLDEN_SCORES = 1 << 24  # fp64 scores the check may form at once; more heads than fit are left out
 DECODE_COPIES_BYTES = 256 << 20  # rotate this much K and V, so that no cache holds the next call's
 
-torch_attention = F.scaled_dot_product_attention  # bound here: fastattn.enable() must not reach the baseline
-
 
 def visible_pairs(problem: Problem) -> int:
     """Visible (query, key) pairs over all batches and heads."""
-    shift = problem.Lk - problem.Lq
-    left, right = problem.window or (None, None)
-    lo = None if left is None else shift - left
-    hi = None if right is None else shift + right
-    if problem.causal:
-        diagonal = 0 if problem.causal == "top_left" else shift
-        hi = diagonal if hi is None else min(hi, diagonal)
+    lo, hi = everyone.band(problem)
     if problem.mask is not None:
         assert problem.mask == "qk" and lo is None and hi is None, "count these pairs first"
         pairs = int(testing_inputs.random_mask((problem.Lq, problem.Lk), seed=4).sum())
@@ -66,7 +59,7 @@ def case(name: str, problem: Problem, dtype: str, goal: Goal = NO_GOAL, **fields
     backward = fields.get("backward", False)
     B, Hq, Hk, Lq, Lk, D = problem.B, problem.Hq, problem.Hk, problem.Lq, problem.Lk, problem.D
     shape = {"B": B, "Hq": Hq, "Hk": Hk, "Lq": Lq, "Lk": Lk, "D": D, "Dv": problem.head_dim_v}
-    options = {"causal": problem.causal, "window": problem.window, "mask": problem.mask}
+    options = {"causal": problem.causal, "window": problem.window, "mask": problem.mask, "softcap": problem.softcap}
     return Case(
         name,
         "softmax",
@@ -84,8 +77,8 @@ def square(L: int, B: int = 1, H: int = 8, D: int = 64, **options: Any) -> Probl
     return Problem(B=B, Hq=H, Hk=H, Lq=L, Lk=L, D=D, **options)
 
 
-def decode(Hk: int) -> Problem:
-    return Problem(B=1, Hq=32, Hk=Hk, Lq=1, Lk=8192, D=128)
+def decode(Hk: int, Lk: int = 8192, B: int = 1) -> Problem:
+    return Problem(B=B, Hq=32, Hk=Hk, Lq=1, Lk=Lk, D=128)
 
 
 FULL, CAUSAL = square(2048), square(2048, causal="top_left")
@@ -93,6 +86,7 @@ FULL_1024, CAUSAL_1024 = square(1024), square(1024, causal="top_left")
 WINDOW = square(2048, causal="top_left", window=(255, 0))
 RANDOM_MASK = square(1024, mask="qk")
 QUICK = ("cpu", "quick")
+DECODE = ("cpu", "decode")
 
 
 def cpu_cases() -> list[Case]:
@@ -115,10 +109,10 @@ def cpu_cases() -> list[Case]:
         case("bf16 window 256", WINDOW, "bf16", Goal(6)),
         case("fp32 random mask L1024", RANDOM_MASK, "fp32", Goal(1.2)),
         case("bf16 random mask L1024", RANDOM_MASK, "bf16", Goal(2), presets=QUICK),
-        case("fp32 decode 32 kv heads", decode(32), "fp32", Goal(1.9, 0.90), bound="memory"),
-        case("fp32 decode 4 kv heads", decode(4), "fp32", Goal(4.5, 0.90), bound="memory", presets=QUICK),
-        case("bf16 decode 32 kv heads", decode(32), "bf16", Goal(6.5, 0.85), bound="memory"),
-        case("bf16 decode 4 kv heads", decode(4), "bf16", Goal(40, 0.85), bound="memory", presets=QUICK),
+        case("fp32 decode 32 kv heads", decode(32), "fp32", Goal(1.9, 0.90), bound="memory", presets=DECODE),
+        case("fp32 decode 4 kv heads", decode(4), "fp32", Goal(4.5, 0.90), bound="memory", presets=(*QUICK, "decode")),
+        case("bf16 decode 32 kv heads", decode(32), "bf16", Goal(6.5, 0.85), bound="memory", presets=DECODE),
+        case("bf16 decode 4 kv heads", decode(4), "bf16", Goal(40, 0.85), bound="memory", presets=(*QUICK, "decode")),
         case("fp32 forward B8 H12 L128", short, "fp32", Goal(1.5)),
         case("bf16 forward B8 H12 L128", short, "bf16", Goal(2.2)),
         case("fp32 tiny Lq1 Lk64", tiny, "fp32", Goal(slower_by_us=5), presets=QUICK),
@@ -126,26 +120,88 @@ def cpu_cases() -> list[Case]:
     ]
 
 
-def gpu_cases() -> list[Case]:
-    """16k tokens, hidden size 2048: the grid of the flash-attention papers."""
+def ci_cases() -> list[Case]:
+    """Small, every backend and torch's own: for a machine that stores and compares what it measures."""
+    names = (*everyone.BACKENDS, "math")
     cases = []
-    for D in (64, 128, 256):
-        for causal in (False, "top_left"):
-            for backward in (False, True):
-                for L in (512, 1024, 2048, 4096, 8192, 16384):
-                    direction = "backward" if backward else "forward"
-                    name = f"bf16 {direction} {'causal' if causal else 'full'} D{D} L{L}"
-                    problem = square(L, B=16384 // L, H=2048 // D, D=D, causal=causal)
-                    cases.append(case(name, problem, "bf16", backward=backward, presets=("gpu",), device="cuda"))
+    for dtype in ("fp32", "bf16"):
+        for backward in (False, True):
+            name = f"{dtype} {'backward' if backward else 'forward'} causal H4 L256"
+            problem = square(256, H=4, causal="top_left")
+            cases.append(case(name, problem, dtype, backward=backward, presets=("ci",), peers=names))
     return cases
 
 
-CASES = (*cpu_cases(), *gpu_cases())
+def sweep_cases() -> list[Case]:
+    """The same call at growing lengths, and one token against growing caches."""
+    cases = []
+    for dtype in ("fp32", "bf16"):
+        for backward in (False, True):
+            for L in (256, 512, 1024, 2048, 4096):
+                name = f"{dtype} {'backward' if backward else 'forward'} causal H8 L{L}"
+                problem = square(L, causal="top_left")
+                cases.append(case(name, problem, dtype, backward=backward, presets=("full",)))
+        for Lk in (1024, 4096, 16384, 32768):
+            name = f"{dtype} decode 8 kv heads Lk{Lk}"
+            cases.append(case(name, decode(8, Lk), dtype, bound="memory", presets=("decode",)))
+    return cases
+
+
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+LONG, SHORT = 4096, 1024  # where the goals of long sequences begin, and those of short ones end
+FLEX_LENGTHS = (4096, 16384)  # compiling it takes seconds a shape
+MATH_LONGEST = 2048  # it keeps every score
+GPU_BACKENDS = tuple(name for name in everyone.BACKENDS if name not in ("native", "eager", "reference"))
+
+# (goal, must) of long sequences in 16 bits by (direction, D, causal); ratios are to cuDNN.
+GPU_GOALS = {
+    ("forward", 64, False): (Goal(of_peak=0.62), Goal(of_peak=0.54)),
+    ("forward", 64, "top_left"): (Goal(of_peak=0.58), Goal(of_peak=0.48)),
+    ("forward", 128, False): (Goal(1.05, 0.84, against="cudnn"), Goal(0.97, 0.75, against="cudnn")),
+    ("forward", 128, "top_left"): (Goal(1.2, 0.85, against="cudnn"), Goal(1.05, 0.70, against="cudnn")),
+    ("forward", 256, False): (Goal(of_peak=0.90), Goal(of_peak=0.70)),
+    ("backward", 128, False): (Goal(1.08, 0.70, against="cudnn"), Goal(0.95, 0.58, against="cudnn")),
+    ("backward", 128, "top_left"): (Goal(1.08, 0.66, against="cudnn"), Goal(0.95, 0.50, against="cudnn")),
+}
+SHORT_FORWARD = (Goal(1.0, against="cudnn"), Goal(0.9, against="cudnn"))
+TRITON_GOALS = {"forward": (Goal(of_peak=0.75), Goal(of_peak=0.58)), "backward": (NO_GOAL, Goal(of_peak=0.35))}
+
+
+def gpu_cases() -> list[Case]:
+    """16k tokens, hidden size 2048: the grid of the flash-attention papers; and one token against caches of 64 MiB on."""
+    cases = []
+    for D, causal, backward, L in product((64, 128, 256), (False, "top_left"), (False, True), LENGTHS):
+        direction = "backward" if backward else "forward"
+        goals = GPU_GOALS.get((direction, D, causal), (NO_GOAL, NO_GOAL)) if L >= LONG else (NO_GOAL, NO_GOAL)
+        if L <= SHORT and not backward:
+            goals = SHORT_FORWARD
+        names = ("cudnn", "flash", "efficient", *GPU_BACKENDS)
+        names += ("math",) * (L <= MATH_LONGEST) + ("flex",) * (L in FLEX_LENGTHS)
+        problem = square(L, B=16384 // L, H=2048 // D, D=D, causal=causal)
+        name = f"bf16 {direction} {'causal' if causal else 'full'} D{D} L{L}"
+        cases.append(gpu_case(name, problem, goals, names, backward=backward))
+    for direction, goals in TRITON_GOALS.items():
+        problem, backward = square(8192, B=2, H=16, D=128), direction == "backward"
+        cases.append(gpu_case(f"bf16 {direction} by Triton", problem, goals, (), backward=backward, extra="triton"))
+    for B, Lk in ((1, 16384), (1, 65536), (16, 8192)):
+        goals = Goal(of_peak=0.92), Goal(of_peak=0.85)
+        peers = ("cudnn", "flash", *GPU_BACKENDS)
+        cases.append(gpu_case(f"bf16 decode B{B} Lk{Lk}", decode(8, Lk, B), goals, peers, bound="memory"))
+    return cases
+
+
+def gpu_case(name: str, problem: Problem, goals: tuple[Goal, Goal], names: Sequence[str], **fields: Any) -> Case:
+    goal, must = goals
+    presets = ("gpu", "decode") if fields.get("bound") == "memory" else ("gpu",)
+    return case(name, problem, "bf16", goal, must=must, peers=tuple(names), device="cuda", presets=presets, **fields)
+
+
+CASES = (*cpu_cases(), *ci_cases(), *sweep_cases(), *gpu_cases())
 
 
 def make(case: Case) -> list[Inputs]:
     """The inputs, in as many copies as the calls have to rotate through."""
-    made = testing_inputs.make(case.problem, DTYPES[case.dtype], device=case.device)
+    made = testing_inputs.make(case.problem, DTYPES[case.dtype], device=case.device, drawn_on=case.device)
     if case.backward:
         made = made._replace(**{name: getattr(made, name).requires_grad_() for name in ("q", "k", "v")})
     if case.bound != "memory":
@@ -177,87 +233,25 @@ def pick(case: Case, name: str, result: Tensor) -> Tensor:
 def golden(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     """out, or dq, dk, dv, in fp64 by the dense reference, for some heads of the last batch."""
     q, k, v = (pick(case, n, t).detach().double().requires_grad_(case.backward) for n, t in leaves(inputs).items())
-    options = {"causal": case.problem.causal, "window": case.problem.window}
-    out = fastattn.attention(q, k, v, mask=inputs.mask, backend="reference", **options)
+    out = fastattn.attention(q, k, v, mask=inputs.mask, backend="reference", **everyone.options_of(case.problem))
     if not case.backward:
         return {"out": out}
     grads = torch.autograd.grad(out, (q, k, v), pick(case, "out", inputs.dout).double())
     return dict(zip(("dq", "dk", "dv"), grads))
 
 
-def implementations(case: Case, backend: str = "auto") -> dict[str, Implementation]:
-    """Baseline first. `backend` other than auto times that one of fastattn's backends."""
-    ours = _fastattn(case.problem, backend)
+def peers(case: Case) -> dict[str, Callable[[], Implementation]]:
+    """Everyone who can be asked for by name; made when called."""
+    return everyone.of_softmax(case.problem)
+
+
+def implementations(case: Case, backend: str = "auto", names: tuple[str, ...] = ()) -> dict[str, Implementation]:
+    """Baseline first, fastattn last, between them the case's peers and those of `names`.
+
+    `backend` other than auto holds fastattn to that one.
+    """
+    ours = everyone.backend(case.problem, case.extra if case.extra in everyone.BACKENDS else backend)
     if case.extra == "threads":
         return {"1 thread": replace(ours, threads=1), "fastattn": replace(ours, threads=2)}
-    peers = {"torch": _torch(case.problem)}
-    if case.device == "cuda":
-        peers |= {name: _torch(case.problem, name) for name in ("cudnn", "flash", "efficient", "math")}
-        peers["flex"] = _flex(case.problem)
-    return peers | {"fastattn": ours}
-
-
-def _fastattn(problem: Problem, backend: str) -> Implementation:
-    """The drop-in wherever its signature can say it, else `fastattn.attention`."""
-    options: dict[str, Any] = {"causal": problem.causal, "window": problem.window, "backend": backend}
-
-    def kernel(x: Inputs) -> str:
-        explanation = fastattn.explain(x.q, x.k, x.v, mask=x.mask, **options)
-        return f"{explanation.chosen}: {explanation.kernel}"
-
-    if backend != "auto" or problem.window is not None or problem.causal == "bottom_right":
-        return Implementation(lambda x: fastattn.attention(x.q, x.k, x.v, mask=x.mask, **options), kernel)
-    dropin, causal, gqa = fastattn.scaled_dot_product_attention, bool(problem.causal), problem.Hq != problem.Hk
-    return Implementation(lambda x: dropin(x.q, x.k, x.v, attn_mask=x.mask, is_causal=causal, enable_gqa=gqa), kernel)
-
-
-@cache
-def _band_mask(Lq: int, Lk: int, left: int, right: int, device: str) -> Tensor:
-    """A window as torch has to be given it: a dense bool mask."""
-    offset = torch.arange(Lk, device=device)[None, :] - torch.arange(Lq, device=device)[:, None] - (Lk - Lq)
-    return (offset >= -left) & (offset <= right)
-
-
-def _torch(problem: Problem, backend: str | None = None) -> Implementation:
-    causal, gqa = bool(problem.causal), problem.Hq != problem.Hk
-
-    def attend(x: Inputs) -> Tensor:
-        if problem.window is None:
-            return torch_attention(x.q, x.k, x.v, attn_mask=x.mask, is_causal=causal, enable_gqa=gqa)
-        band = _band_mask(problem.Lq, problem.Lk, *problem.window, x.q.device.type)
-        return torch_attention(x.q, x.k, x.v, attn_mask=band, enable_gqa=gqa)
-
-    if backend is None:
-        return Implementation(attend, lambda x: "torch's choice", peer=True)
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    names = {
-        "cudnn": SDPBackend.CUDNN_ATTENTION,
-        "flash": SDPBackend.FLASH_ATTENTION,
-        "efficient": SDPBackend.EFFICIENT_ATTENTION,
-        "math": SDPBackend.MATH,
-    }
-
-    def attend_by_name(x: Inputs) -> Tensor:
-        with sdpa_kernel(names[backend]):
-            return attend(x)
-
-    return Implementation(attend_by_name, lambda x: f"torch {backend}", peer=True)
-
-
-def _flex(problem: Problem) -> Implementation:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    torch._dynamo.reset()  # beyond eight shapes it would stop compiling and run unfused
-    compiled = torch.compile(flex_attention, dynamic=False)
-    plans: dict[str, Any] = {}
-
-    def visible(b, h, i, j):
-        return j <= i
-
-    def attend(x: Inputs) -> Tensor:
-        if problem.causal and "causal" not in plans:
-            plans["causal"] = create_block_mask(visible, None, None, problem.Lq, problem.Lk, device=x.q.device)
-        return compiled(x.q, x.k, x.v, block_mask=plans.get("causal"))
-
-    return Implementation(attend, lambda x: "compiled FlexAttention", peer=True)
+    baseline = {"torch": everyone.torch_sdpa(case.problem)}
+    return everyone.together(baseline, ours, peers(case), (*case.peers, *names))

@@ -68,7 +68,7 @@ class window(Mask):
     """
 
     left: Optional[int]
-    right: Optional[int]
+    right: Optional[int] = None
 
     def __post_init__(self) -> None:
         for name, side in zip(("left", "right"), window_sides((self.left, self.right))):

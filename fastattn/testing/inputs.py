@@ -114,9 +114,18 @@ def generator(seed: int, device: str | torch.device = "cpu") -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
 
 
-def randn(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0, device: str | torch.device = "cpu") -> Tensor:
-    """Drawn in fp32 on the CPU whatever the dtype, so that every dtype and device rounds the same numbers."""
-    return torch.randn(shape, generator=generator(seed)).to(device, dtype)
+def randn(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    drawn_on: str | torch.device = "cpu",
+) -> Tensor:
+    """Drawn in fp32 on the CPU whatever the dtype, so that every dtype and device rounds the same numbers.
+
+    `drawn_on` the device itself is quicker for large tensors, and gives other numbers.
+    """
+    return torch.randn(shape, generator=generator(seed, drawn_on), device=drawn_on).to(device, dtype)
 
 
 def random_mask(
@@ -125,21 +134,31 @@ def random_mask(
     return (torch.rand(shape, generator=generator(seed)) < density).to(device)
 
 
-def make(case: Case, dtype: torch.dtype, seed: int = 0, device: str | torch.device = "cpu") -> Inputs:
+def make(
+    case: Case,
+    dtype: torch.dtype,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    drawn_on: str | torch.device = "cpu",
+) -> Inputs:
     """Random tensors of a case. dout is strided like a transposed projection's gradient, never plain contiguous."""
+
+    def drawn(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+        return randn(shape, dtype, seed, device, drawn_on)
+
     B, Hq, Hk, Lq, Lk, D, Dv = case.B, case.Hq, case.Hk, case.Lq, case.Lk, case.D, case.head_dim_v
     lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     bias_dtype = torch.float32 if case.fp32_bias else dtype
     return Inputs(
-        q=relayout(randn((B, Hq, Lq, D), dtype, seed + 1, device), case.layout),
-        k=relayout(randn((B, Hk, Lk, D), dtype, seed + 2, device), case.layout),
-        v=relayout(randn((B, Hk, Lk, Dv), dtype, seed + 3, device), case.layout),
+        q=relayout(drawn((B, Hq, Lq, D), dtype, seed + 1), case.layout),
+        k=relayout(drawn((B, Hk, Lk, D), dtype, seed + 2), case.layout),
+        v=relayout(drawn((B, Hk, Lk, Dv), dtype, seed + 3), case.layout),
         mask=None if case.mask is None else random_mask(case.sizes(case.mask), seed + 4, device=device),
-        bias=None if case.bias is None else randn(case.sizes(case.bias), bias_dtype, seed + 5, device),
-        dout=relayout(randn((B, Hq, Lq, Dv), dtype, seed + 6, device), "blhd"),
-        dlse=randn((B, Hq, Lq), lse_dtype, seed + 7, device),
-        slopes=None if case.alibi is None else randn(case.sizes(case.alibi), lse_dtype, seed + 8, device) / 10,
-        sinks=randn((Hq,), lse_dtype, seed + 9, device) if case.sinks else None,
+        bias=None if case.bias is None else drawn(case.sizes(case.bias), bias_dtype, seed + 5),
+        dout=relayout(drawn((B, Hq, Lq, Dv), dtype, seed + 6), "blhd"),
+        dlse=drawn((B, Hq, Lq), lse_dtype, seed + 7),
+        slopes=None if case.alibi is None else drawn(case.sizes(case.alibi), lse_dtype, seed + 8) / 10,
+        sinks=drawn((Hq,), lse_dtype, seed + 9) if case.sinks else None,
     )
 
 

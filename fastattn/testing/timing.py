@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 Call = Callable[[], object]
 SHORTEST_SAMPLE = 1e-3  # seconds; quicker calls are repeated inside one sample
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 200
+WARM_UP_BEFORE_CAPTURE = 3  # calls; torch asks for some on the side stream a graph is captured on
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,17 @@ class Samples:
     @property
     def iqr(self) -> float:
         return self.quantile(0.75) - self.quantile(0.25)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% confidence interval of the median, from the order of the rounds alone; their range if they are fewer than 6."""
+        ordered, n = sorted(self.seconds), len(self.seconds)
+        outside, k = 0.0, 0
+        while outside + math.comb(n, k) * 0.5**n <= 0.025:
+            outside += math.comb(n, k) * 0.5**n
+            k += 1
+        k = max(k, 1)
+        return ordered[k - 1], ordered[n - k]
 
 
 def ratio(base: Samples, other: Samples) -> Samples:
@@ -93,3 +106,20 @@ def _cuda_clock(device: str) -> Callable[[Call, int], float]:
         return start.elapsed_time(end) * 1e-3 / repeats
 
     return seconds
+
+
+def captured(call: Call) -> Call:
+    """A replay of what `call` launches, without the time of Python and the driver.
+
+    The call must not synchronise, and reads its inputs where they lie now.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP_BEFORE_CAPTURE):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
