@@ -60,6 +60,12 @@ def cuda_emulator():
     return cuda_build.emulated_library()
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: run last, they would leave the other processes idle."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem):
     """In a run of chosen backends, calls that one of them refuses are skipped in its own words."""
