@@ -171,7 +171,6 @@ def test_wheel_fits_a_manylinux_policy_without_libraries_of_others(wheel, checko
     (repaired,) = tmp_path.glob("*.whl")
     names = {name for name in unpacked(repaired) if not name.endswith("/")}
     assert "-manylinux_" in repaired.name and names == unpacked(wheel)
-    assert "consistent with" in run(f"{BIN}/auditwheel", "show", repaired, PATH=path).stdout
 
 
 @pytest.mark.slow

@@ -73,8 +73,9 @@ const char* fastattn_cuda_problem() {
     thread_local std::string message;
     int driver = 0, runtime = 0;
     if (cudaDriverGetVersion(&driver) != cudaSuccess || cudaRuntimeGetVersion(&runtime) != cudaSuccess) return nullptr;
-    // A driver of the same major version runs the library's machine code.
-    if (driver / 1000 >= runtime / 1000) return nullptr;
+    // Without a driver (0) there is no device to ask for. One of the same major version runs the library's machine
+    // code.
+    if (driver == 0 || driver / 1000 >= runtime / 1000) return nullptr;
     message = "the driver knows CUDA " + std::to_string(driver / 1000) + "." + std::to_string(driver % 1000 / 10) +
               ", the library was built with CUDA " + std::to_string(runtime / 1000) + "." +
               std::to_string(runtime % 1000 / 10) + "; update the driver, or build with an older toolkit";
