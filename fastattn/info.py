@@ -24,6 +24,7 @@ ISA_FLAGS = {
     "avx2": ("avx2", "fma", "f16c"),
     "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
     "avx512_bf16": ("avx512_bf16",),
+    "amx": ("amx_tile", "amx_bf16"),
 }
 CHECK_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 import fastattn
+from fastattn.info import ISA_FLAGS
 
-ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
+ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 COMPACT = (
     "test_options_combined or test_every_option or test_head_dims or test_few_queries or test_bits_are or test_rows_that "
     "or test_first_tiles or test_native_takes or test_equal_logits or test_ties or test_backward_has "
@@ -28,8 +29,7 @@ FILES = (
 
 def _supported(isa):
     flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
-    needed = {"avx2": ("avx2", "fma"), "avx512": ("avx512f", "avx512bw", "avx512vl"), "avx512_bf16": ("avx512_bf16",)}
-    return [flag for flag in needed.get(isa, ()) if flag not in flags]
+    return [flag for flag in ISA_FLAGS.get(isa, ()) if flag not in flags]
 
 
 def run(isa, *arguments):

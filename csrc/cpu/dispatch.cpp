@@ -8,18 +8,39 @@
 #include "fastattn/linear.h"
 #include "fastattn/softmax.h"
 
+#if defined(FASTATTN_WITH_AMX) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fastattn {
 
-static const char* const kNames[] = {"scalar", "avx2", "avx512", "avx512_bf16"};
+static const char* const kNames[] = {"scalar", "avx2", "avx512", "avx512_bf16", "amx"};
 
 const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
+
+// Whether the CPU multiplies bf16 tiles and Linux lets this process use them: their registers must be asked for.
+static bool has_amx() {
+#if defined(FASTATTN_WITH_AMX) && defined(__linux__)
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // of CPUID leaf 7, EDX
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16) == 0 || (d & kTile) == 0) return false;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+}
 
 Isa best_isa() {
 #if defined(__x86_64__) && !defined(FASTATTN_SCALAR_ONLY)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq")) {
-        return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
+        if (!__builtin_cpu_supports("avx512bf16")) return Isa::avx512;
+        static const bool amx = has_amx();
+        return amx ? Isa::amx : Isa::avx512_bf16;
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
         return Isa::avx2;
@@ -45,6 +66,8 @@ Isa current_isa() {
     return isa;
 }
 
+Isa vector_isa() { return current_isa() < Isa::amx ? current_isa() : Isa::avx512_bf16; }
+
 #define FASTATTN_CASE_FORWARD(isa) \
     case Isa::isa:                 \
         return isa::softmax_forward(p);
@@ -55,7 +78,7 @@ Isa current_isa() {
 void softmax_forward(const SoftmaxParams& p) {
     if (p.B() == 0 || p.Hq() == 0 || p.Lq() == 0) return;
     switch (current_isa()) {
-        FASTATTN_FOR_EACH_ISA(FASTATTN_CASE_FORWARD)
+        FASTATTN_FOR_EACH_TILE_ISA(FASTATTN_CASE_FORWARD)
         default:
             return;
     }
@@ -63,7 +86,7 @@ void softmax_forward(const SoftmaxParams& p) {
 
 void softmax_backward(const SoftmaxParams& p, const SoftmaxGradients& g) {
     switch (current_isa()) {
-        FASTATTN_FOR_EACH_ISA(FASTATTN_CASE_BACKWARD)
+        FASTATTN_FOR_EACH_TILE_ISA(FASTATTN_CASE_BACKWARD)
         default:
             return;
     }
@@ -81,7 +104,7 @@ void softmax_backward(const SoftmaxParams& p, const SoftmaxGradients& g) {
 
 void linear_forward(const LinearParams& p) {
     if (p.sequences == 0 || p.H() == 0) return;
-    switch (current_isa()) {
+    switch (vector_isa()) {
         FASTATTN_FOR_EACH_ISA(FASTATTN_CASE_LINEAR_FORWARD)
         default:
             return;
@@ -90,7 +113,7 @@ void linear_forward(const LinearParams& p) {
 
 void linear_backward(const LinearParams& p, const LinearGradients& g) {
     if (p.sequences == 0 || p.H() == 0) return;
-    switch (current_isa()) {
+    switch (vector_isa()) {
         FASTATTN_FOR_EACH_ISA(FASTATTN_CASE_LINEAR_BACKWARD)
         default:
             return;
@@ -99,7 +122,7 @@ void linear_backward(const LinearParams& p, const LinearGradients& g) {
 
 void linear_step(const LinearParams& p) {
     if (p.sequences == 0 || p.H() == 0) return;
-    switch (current_isa()) {
+    switch (vector_isa()) {
         FASTATTN_FOR_EACH_ISA(FASTATTN_CASE_LINEAR_STEP)
         default:
             return;

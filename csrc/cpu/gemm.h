@@ -1,40 +1,13 @@
-// Small matrix products on packed operands, the only arithmetic of attention that counts.
-//
-// An operand is made of 32-bit units: a float, or (Bf16) a pair of bf16 neighbours along the summed dimension. One
-// step multiplies one unit of A, broadcast, with W units of B.
+// Small matrix products on packed operands, the only arithmetic of attention that counts. One step multiplies one unit
+// of A, broadcast, with W units of B.
 #pragma once
-#include "simd/simd.h"
+#include "operands.h"
+#if FASTATTN_RANK_OF(FASTATTN_ISA) >= 4
+#include "gemm_tiles.h"
+#endif
 
 namespace fastattn {
 namespace FASTATTN_ISA {
-
-struct Fp32 {
-    static constexpr int kPair = 1;  // elements per unit
-    static constexpr bool kFastExp = false;
-    static Vec dot(Vec a, Vec b, Vec c) { return vfma(a, b, c); }
-};
-#ifdef FASTATTN_HAS_BF16_DOT
-struct Bf16 {
-    static constexpr int kPair = 2;
-    static constexpr bool kFastExp = true;
-    static Vec dot(Vec a, Vec b, Vec c) { return bf16_dot(a, b, c); }
-};
-#endif
-
-constexpr int kPanel = 2 * W;  // columns of a register tile, and of a packed panel of B
-
-// A[r, s] at a[r * row + s * step]
-struct Rows {
-    const float* a;
-    int64_t row, step;
-};
-
-// Steps [a_at, a_at + steps) of A times steps [b_at, b_at + steps) of B.
-struct Segment {
-    int64_t a_at, b_at, steps;
-};
-
-enum class Store { kWrite, kAdd, kRescale };  // C = AB, C += AB, C = decay[r] * C + AB
 
 template <class Math, int R, int N, Store store>
 inline void register_tile(const Rows& x, const Segment* segments, int count, const float* b, int64_t b_step, float* c,
@@ -104,12 +77,18 @@ inline void tile_rows(int rows, Rows x, const Segment* segments, int count, cons
 template <class Math, Store store, int kHeight = kTileRows>
 inline void gemm(int rows, int vecs, const Rows& x, const Segment* segments, int count, const float* b, int64_t b_steps,
                  float* c, int64_t ldc, const float* decay = nullptr) {
-    for (; vecs >= 2; vecs -= 2) {
-        tile_rows<Math, 2, store, kHeight>(rows, x, segments, count, b, kPanel, c, ldc, decay);
-        b += b_steps * kPanel;
-        c += kPanel;
+    if constexpr (Math::kTiles) {
+#if FASTATTN_RANK_OF(FASTATTN_ISA) >= 4
+        gemm_tiles<Math, store>(rows, vecs, x, segments, count, b, b_steps, c, ldc, decay);
+#endif
+    } else {
+        for (; vecs >= 2; vecs -= 2) {
+            tile_rows<Math, 2, store, kHeight>(rows, x, segments, count, b, kPanel, c, ldc, decay);
+            b += b_steps * kPanel;
+            c += kPanel;
+        }
+        if (vecs) tile_rows<Math, 1, store, kHeight>(rows, x, segments, count, b, W, c, ldc, decay);
     }
-    if (vecs) tile_rows<Math, 1, store, kHeight>(rows, x, segments, count, b, W, c, ldc, decay);
 }
 
 // C = AB or C += AB with B unpacked: whole vectors of rows `b_step` units apart.

@@ -1,6 +1,6 @@
 // Copies rows of a tensor into the operand layouts of gemm.h, converting the dtype on the way.
 #pragma once
-#include "gemm.h"
+#include "parts.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -50,35 +50,62 @@ inline void with_loader(DType dtype, Body&& body) {
     }
 }
 
+// Steps of a sum over `elements`: matrix tiles take 16 at once, the missing ones zero.
+template <class Math>
+inline int64_t steps_of(int64_t elements) {
+    return Math::kTiles ? round_up(ceil_div(elements, 2), 16) : ceil_div(elements, Math::kPair);
+}
+// Units of a row of `elements`, all parts.
 template <class Math>
 inline int64_t units(int64_t elements) {
-    return ceil_div(elements, Math::kPair);
+    return Math::kParts * steps_of<Math>(elements);
 }
 
-// W units of row r from unit u on, of a row of `cols` elements; zero past its end.
+// W units of each part of row r from unit u on, of a row of `cols` elements; zero past its end.
 template <class Math>
-inline Vec load_units(const Source& x, int64_t r, int64_t u, int64_t cols) {
+FASTATTN_INLINE void load_units(const Source& x, int64_t r, int64_t u, int64_t cols, Vec out[Math::kParts]) {
     const auto lanes_left = [cols](int64_t c) {
         return static_cast<int>(most<int64_t>(0, least<int64_t>(W, cols - c)));
     };
     if constexpr (Math::kPair == 1) {
-        return x.load(r, u, lanes_left(u));
+        out[0] = x.load(r, u, lanes_left(u));
     } else {
 #ifdef FASTATTN_HAS_BF16_DOT
         const int64_t c = 2 * u;
-        if (x.col == 1 && c + 2 * W <= cols) return vload(reinterpret_cast<const uint16_t*>(x.at(r)) + c);
-        const int first = lanes_left(c), second = lanes_left(c + W);
-        return narrow_bf16(first ? x.load(r, c, first) : vzero(), second ? x.load(r, c + W, second) : vzero());
+        const bool whole = x.col == 1 && c + 2 * W <= cols;
+        if (Math::kParts == 1 && whole) {
+            out[0] = vload(reinterpret_cast<const uint16_t*>(x.at(r)) + c);
+            return;
+        }
+        const int left = lanes_left(c), right = lanes_left(c + W);
+        const Vec first = left ? x.load(r, c, left) : vzero(), second = right ? x.load(r, c + W, right) : vzero();
+        if constexpr (Math::kParts == 1) {
+            out[0] = narrow_bf16(first, second);
+        } else {
+            Vec a[Math::kParts], b[Math::kParts];
+            split_nearest<Math::kParts>(first, a);
+            split_nearest<Math::kParts>(second, b);
+            FASTATTN_UNROLL for (int part = 0; part < Math::kParts; ++part) out[part] = narrow_bf16(a[part], b[part]);
+        }
 #endif
     }
 }
+template <class Math>
+FASTATTN_INLINE Vec load_units(const Source& x, int64_t r, int64_t u, int64_t cols) {
+    static_assert(Math::kParts == 1, "");
+    Vec out[1];
+    load_units<Math>(x, r, u, cols, out);
+    return out[0];
+}
 
-// A operand: n rows from r0 as [n][ld] units, ld = round_up(units(cols), W); times `sign` (1 or -1).
+// A operand: n rows from r0 as [n][ld] units, each row part by part, ld = round_up(units(cols), W); times `sign` (1 or
+// -1).
 template <class Math>
 inline void pack_rows(const Source& x, int64_t r0, int64_t n, int64_t cols, float sign, float* out) {
-    const int64_t count = units<Math>(cols), ld = round_up(count, W);
+    const int64_t count = steps_of<Math>(cols), ld = round_up(units<Math>(cols), W);
     // Where every row is seen and already made of units, the loop asks nothing row by row.
-    const bool plain = sign > 0 && x.col == 1 && Math::kPair * element_size(x.dtype) == 4 && x.all_visible(r0, n);
+    const bool plain =
+        sign > 0 && x.col == 1 && Math::kParts == 1 && Math::kPair * element_size(x.dtype) == 4 && x.all_visible(r0, n);
     const int64_t copied = plain ? cols / Math::kPair / W * W : 0, step = x.row * element_size(x.dtype);
     const char* row = x.at(r0);
     for (int64_t r = 0; r < n; ++r, row += step) {
@@ -87,18 +114,22 @@ inline void pack_rows(const Source& x, int64_t r0, int64_t n, int64_t cols, floa
     for (int64_t r = 0; r < n && copied < count; ++r) {
         const bool visible = x.visible(r0 + r);
         for (int64_t u = copied; u < count; u += W) {
-            Vec a = visible ? load_units<Math>(x, r0 + r, u, cols) : vzero();
-            if (sign < 0) {
-                if constexpr (Math::kPair == 1) {
-                    a = vmul(a, vset(-1.0f));
-                } else {
+            Vec parts[Math::kParts];
+            if (visible) load_units<Math>(x, r0 + r, u, cols, parts);
+            FASTATTN_UNROLL for (int part = 0; part < Math::kParts; ++part) {
+                Vec a = visible ? parts[part] : vzero();
+                if (sign < 0) {
+                    if constexpr (Math::kPair == 1) {
+                        a = vmul(a, vset(-1.0f));
+                    } else {
 #ifdef FASTATTN_HAS_BF16_DOT
-                    a = _mm512_castsi512_ps(
-                        _mm512_xor_si512(_mm512_castps_si512(a), _mm512_set1_epi32(static_cast<int>(0x80008000u))));
+                        a = _mm512_castsi512_ps(
+                            _mm512_xor_si512(_mm512_castps_si512(a), _mm512_set1_epi32(static_cast<int>(0x80008000u))));
 #endif
+                    }
                 }
+                vstore(out + r * ld + part * count + u, a);
             }
-            vstore(out + r * ld + u, a);
         }
     }
 }
@@ -116,11 +147,11 @@ FASTATTN_INLINE void transpose_block(int64_t rows, float* out, Load&& load) {
     }
 }
 
-// B operand of a product summed over columns: rows [r0, r0 + n) become the columns of one panel [units][kPanel], n <=
-// kPanel.
+// B operand of a product summed over columns: rows [r0, r0 + n) become the columns of one panel [part][steps][kPanel],
+// n <= kPanel.
 template <class Math>
 inline void pack_transposed(const Source& x, int64_t r0, int64_t n, int64_t cols, float* out) {
-    const int64_t count = units<Math>(cols);
+    const int64_t count = steps_of<Math>(cols);
     for (int half = 0; half < 2; ++half) {
         const int64_t first = r0 + half * W;
         const bool whole = n >= (half + 1) * W && x.col == 1 && x.all_visible(first, W);
@@ -138,7 +169,7 @@ inline void pack_transposed(const Source& x, int64_t r0, int64_t n, int64_t cols
                         });
                     }
                 });
-            } else {
+            } else if constexpr (Math::kParts == 1) {
                 for (; 2 * (u + W) <= cols; u += W) {
                     transpose_block(W, out + u * kPanel + half * W, [&](int i) {
                         __builtin_prefetch(rows + (i + kPanel) * step + 4 * u, 0, 2);
@@ -148,22 +179,76 @@ inline void pack_transposed(const Source& x, int64_t r0, int64_t n, int64_t cols
             }
         }
         for (; u < count; u += W) {
-            transpose_block(least<int64_t>(W, count - u), out + u * kPanel + half * W, [&](int i) {
-                return half * W + i < n && x.visible(first + i) ? load_units<Math>(x, first + i, u, cols) : vzero();
-            });
+            Vec block[Math::kParts][W];
+            for (int i = 0; i < W; ++i) {
+                const bool visible = half * W + i < n && x.visible(first + i);
+                Vec parts[Math::kParts];
+                if (visible) load_units<Math>(x, first + i, u, cols, parts);
+                FASTATTN_UNROLL for (int part = 0; part < Math::kParts; ++part) {
+                    block[part][i] = visible ? parts[part] : vzero();
+                }
+            }
+            for (int part = 0; part < Math::kParts; ++part) {
+                transpose_block(least<int64_t>(W, count - u), out + (part * count + u) * kPanel + half * W,
+                                [&](int i) { return block[part][i]; });
+            }
         }
     }
 }
 
-// B operand of a product summed over rows: rows [r0, r0 + n) as steps [at, at + units(n)) of panels
-// [panel][b_steps][kPanel] over round_up(cols, W) columns; missing rows and columns are zero.
+#ifdef FASTATTN_HAS_BF16_DOT
+// Units of rows r and `partner`, each zero unless asked for, over the W columns from c on.
+template <class Math>
+FASTATTN_INLINE void load_row_pair(const Source& x, int64_t r, bool even, int64_t partner, bool odd, int64_t c,
+                                   int64_t cols, Vec out[Math::kParts]) {
+    const int n = static_cast<int>(least<int64_t>(W, cols - c));
+    const Vec first = even ? x.load(r, c, n) : vzero(), second = odd ? x.load(partner, c, n) : vzero();
+    if constexpr (Math::kParts == 1) {
+        out[0] = pair_bf16(first, second);
+    } else {
+        Vec a[Math::kParts], b[Math::kParts];
+        split_nearest<Math::kParts>(first, a);
+        split_nearest<Math::kParts>(second, b);
+        FASTATTN_UNROLL for (int part = 0; part < Math::kParts; ++part) out[part] = pair_high_halves(a[part], b[part]);
+    }
+}
+
+// A operand of a product summed over rows, for matrix tiles: column c of rows [r0, r0 + n) is row c of units, part by
+// part, [round_up(cols, W)][parts][ld / parts], from step `at` on. Neighbouring rows are partners. n is a multiple
+// of 32.
+template <class Math>
+inline void pack_columns(const Source& x, int64_t r0, int64_t n, int64_t cols, float* out, int64_t ld, int64_t at) {
+    for (int64_t c = 0; c < cols; c += W) {
+        for (int64_t s = 0; s < n / 2; s += W) {
+            Vec block[Math::kParts][W];
+            for (int i = 0; i < W; ++i) {
+                const int64_t r = r0 + 2 * (s + i);
+                Vec parts[Math::kParts];
+                load_row_pair<Math>(x, r, x.visible(r), r + 1, x.visible(r + 1), c, cols, parts);
+                FASTATTN_UNROLL for (int part = 0; part < Math::kParts; ++part) block[part][i] = parts[part];
+            }
+            for (int part = 0; part < Math::kParts; ++part) {
+                transpose(block[part]);
+                for (int i = 0; i < W; ++i) {
+                    vstore(out + (c + i) * ld + part * (ld / Math::kParts) + at + s, block[part][i]);
+                }
+            }
+        }
+    }
+}
+#endif
+
+// B operand of a product summed over rows: rows [r0, r0 + n) as steps [at, at + steps_of(n)) of each part of panels
+// [panel][b_steps][kPanel] over round_up(cols, W) columns; missing rows and columns are zero. Of several parts, rows of
+// 32 are partners as in store_neighbours.
 template <class Math>
 inline void pack_summed(const Source& x, int64_t r0, int64_t n, int64_t cols, float* out, int64_t b_steps, int64_t at) {
-    const int64_t vecs = ceil_div(cols, W), count = units<Math>(n);
-    const int64_t direct = x.col == 1 && x.all_visible(r0, n) ? cols / W : 0, step = x.row * element_size(x.dtype);
-    const auto target = [=](int64_t s, int64_t c) {
+    const int64_t vecs = ceil_div(cols, W), count = steps_of<Math>(n);
+    [[maybe_unused]] const int64_t step = x.row * element_size(x.dtype);
+    const int64_t direct = x.col == 1 && x.all_visible(r0, n) ? cols / W : 0;
+    const auto target = [=](int64_t s, int64_t c, int part = 0) {
         const int64_t width = c / 2 * 2 + 1 == vecs ? W : kPanel;
-        return out + c / 2 * kPanel * b_steps + (at + s) * width + c % 2 * W;
+        return out + c / 2 * kPanel * b_steps + (part * (b_steps / Math::kParts) + at + s) * width + c % 2 * W;
     };
     if constexpr (Math::kPair == 1) {
         with_loader(x.dtype, [&](auto load) {
@@ -181,8 +266,21 @@ inline void pack_summed(const Source& x, int64_t r0, int64_t n, int64_t cols, fl
         }
     } else {
 #ifdef FASTATTN_HAS_BF16_DOT
-        for (int64_t s = 0; s < count; ++s) {
+        for (int64_t s = 0; s < count && Math::kParts > 1; ++s) {
+            const int64_t i = s / W * 2 * W + s % W, partner = i + kPartner<Math>;
+            const bool even = i < n && x.visible(r0 + i), odd = partner < n && x.visible(r0 + partner);
+            for (int64_t c = 0; c < vecs; ++c) {
+                Vec parts[Math::kParts];
+                load_row_pair<Math>(x, r0 + i, even, r0 + partner, odd, c * W, cols, parts);
+                FASTATTN_UNROLL for (int part = 0; part < Math::kParts; ++part) vstore(target(s, c, part), parts[part]);
+            }
+        }
+        for (int64_t s = 0; s < count && Math::kParts == 1; ++s) {
             const int64_t r = r0 + 2 * s;
+            if (2 * s >= n) {
+                for (int64_t c = 0; c < vecs; ++c) vstore(target(s, c), vzero());
+                continue;
+            }
             const bool has_odd = 2 * s + 1 < n, even = x.visible(r), odd = has_odd && x.visible(r + 1);
             const char* row = x.at(r);
             int64_t c = 0;

@@ -10,6 +10,9 @@
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
+#if defined(__AMX_BF16__)
+#include "simd/amx.h"
+#endif
 
 namespace fastattn::FASTATTN_ISA {
 namespace {
@@ -44,6 +47,8 @@ Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 float first(Vec a) { return a[0]; }
 #endif
 
+constexpr int64_t kTileSteps = 8;  // a step of matrix tiles takes that much longer than one of vectors
+
 constexpr int lanes = sizeof(Vec) / sizeof(float);
 
 // Operands come from here and results go here, so that no loop is folded or dropped as unused.
@@ -60,7 +65,23 @@ void fma_burst(int64_t steps) {
     sink = first(acc[0]);
 }
 
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+void bf16_dot_burst(int64_t steps) {
+    const MatrixUnit unit;
+    FASTATTN_TILE_ZERO(0);
+    FASTATTN_TILE_ZERO(1);
+    FASTATTN_TILE_ZERO(2);
+    FASTATTN_TILE_ZERO(3);
+    FASTATTN_TILE_ZERO(4);
+    FASTATTN_TILE_ZERO(5);
+    for (int64_t s = 0; s < steps / kTileSteps; ++s) {
+        FASTATTN_TILE_DOT(0, 4, 5);
+        FASTATTN_TILE_DOT(1, 4, 5);
+        FASTATTN_TILE_DOT(2, 4, 5);
+        FASTATTN_TILE_DOT(3, 4, 5);
+    }
+}
+#elif defined(__AVX512BF16__)
 void bf16_dot_burst(int64_t steps) {
     Vec acc[chains];
     for (int i = 0; i < chains; ++i) acc[i] = splat(1e-3f * static_cast<float>(i));
@@ -109,7 +130,9 @@ double best_gflops(int threads, double seconds, double flops_per_step, Burst bur
 double fma_peak(int threads, double seconds) { return best_gflops(threads, seconds, 2.0 * lanes * chains, fma_burst); }
 
 double bf16_dot_peak(int threads, double seconds) {
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+    return best_gflops(threads, seconds, 4.0 * 16 * 16 * 32 * 2 / kTileSteps, bf16_dot_burst);
+#elif defined(__AVX512BF16__)
     return best_gflops(threads, seconds, 4.0 * lanes * chains, bf16_dot_burst);
 #else
     (void)threads, (void)seconds;

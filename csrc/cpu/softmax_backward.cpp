@@ -29,7 +29,7 @@ class Backward {
           factor_(logits_ ? kLog2e : scale_ * kLog2e),
           rows_(sizes_.q_blocks * Sizes::kQueries),
           words_(ceil_div(p.Lq(), 64)),
-          judged_(sight_.judged_rows()),
+          judged_(sight_.template judged_rows<Math>()),
           dq_in_place_(g.dq && g.dq.dtype == DType::kFloat32 && g.dq.stride[3] == 1 && p.D() % W == 0),
           needs_ds_(g.dq || g.dk || g.dbias || g.dslopes),
           in_turn_(g.dq || bias_.by_row() || slopes_.wanted()),
@@ -51,6 +51,7 @@ class Backward {
         const Scratch memory(threads * size * 4);
         std::atomic<int64_t> next{0}, members{0}, prepared{0};
         run_team(static_cast<int>(threads), [&] {
+            const MatrixUnit unit;
             Buffers buffers;
             buffers.lay_out(sizes_, memory.as<float>() + members.fetch_add(1) * size);
             for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < preparations + tasks;) {
@@ -153,8 +154,19 @@ class Backward {
                 query_block(x, q, n);
             }
         }
-        if (g_.dk) store_rows(g_.dk, b, hk, j0, keys, x.dk, sizes_.ld_d, scale_);
-        if (g_.dv) store_rows(g_.dv, b, hk, j0, keys, x.dv, sizes_.ld_dv, 1.0f);
+        if (g_.dk) store_keys(g_.dk, b, hk, j0, keys, x.dk, sizes_.ld_d, scale_);
+        if (g_.dv) store_keys(g_.dv, b, hk, j0, keys, x.dv, sizes_.ld_dv, 1.0f);
+    }
+
+    void store_keys(const TensorView& t, int64_t b, int64_t hk, int64_t j0, int64_t keys, const float* sums, int64_t ld,
+                    float factor) const {
+        if constexpr (Math::kTiles) {
+#if FASTATTN_RANK_OF(FASTATTN_ISA) >= 4
+            store_columns(t, b, hk, j0, keys, sums, sizes_.keys, factor);
+#endif
+        } else {
+            store_rows(t, b, hk, j0, keys, sums, ld, factor);
+        }
     }
 
     void pack_keys(Buffers& x, int64_t b, int64_t hk, int64_t j0) const {
@@ -168,7 +180,7 @@ class Backward {
         // Without dP there is no dS; what is made of these zeros is not read.
         if (!needs_ds_)
             memset(x.dscores_by_key, 0, sizeof(float) * static_cast<size_t>(Sizes::kQueries * sizes_.key_units));
-        if (Math::kPair == 2 && !needs_ds_) memset(x.dweights, 0, sizeof(float) * kStrip * kPanel);
+        if (Math::kPair == 2 && !needs_ds_) memset(x.dweights, 0, sizeof(float) * kStrip<Math> * kPanel);
     }
 
     void query_block(Buffers& x, const Queries& q, int64_t n) const {
@@ -203,16 +215,24 @@ class Backward {
         while (r1 > r0 + kTile && !sight_.touches(q.b, q.h, q.i0 + (r1 - 1) / kTile * kTile, n))
             r1 = (r1 - 1) / kTile * kTile;
         r0 -= r0 % judged_;
-        r1 = static_cast<int>(least<int64_t>(q.rows, round_up(r1, judged_)));
+        r1 = static_cast<int>(least<int64_t>(padded(q.rows), round_up(r1, judged_)));
         const Source rows = query_rows(p_.q, q), drows = query_rows(g_.dout, q);
         const int64_t i0 = q.i0 + r0, count = r1 - r0, at = r0 / Math::kPair;
         pack_rows<Math>(rows, i0, count, p_.D(), 1.0f, x.q + r0 * sizes_.ld_q);
         if (needs_ds_) pack_rows<Math>(drows, i0, count, p_.Dv(), 1.0f, x.o + r0 * sizes_.ld_o);
-        if (g_.dk) pack_summed<Math>(rows, i0, count, p_.D(), x.q_summed, steps(), at);
-        if (g_.dv) pack_summed<Math>(drows, i0, count, p_.Dv(), x.o_summed, steps(), at);
+        if constexpr (Math::kTiles) {
+#if FASTATTN_RANK_OF(FASTATTN_ISA) >= 4
+            if (g_.dk) pack_columns<Math>(rows, i0, count, p_.D(), x.q_summed, Sizes::kSteps, at);
+            if (g_.dv) pack_columns<Math>(drows, i0, count, p_.Dv(), x.o_summed, Sizes::kSteps, at);
+#endif
+        } else {
+            if (g_.dk) pack_summed<Math>(rows, i0, count, p_.D(), x.q_summed, Sizes::kSteps, at);
+            if (g_.dv) pack_summed<Math>(drows, i0, count, p_.Dv(), x.o_summed, Sizes::kSteps, at);
+        }
     }
 
-    static constexpr int64_t steps() { return Sizes::kQueries / Math::kPair; }
+    // Rows that whole steps of a sum over queries take; those past the last query have weight 0.
+    static int padded(int rows) { return Math::kTiles ? static_cast<int>(round_up(rows, kTall<Math>)) : rows; }
     int groups(const Queries& q) const { return (q.rows + judged_ - 1) / judged_; }
     static int shift_of(int64_t panel) { return static_cast<int>(panel * kPanel % kTile); }
 
@@ -243,22 +263,29 @@ class Backward {
             const int first = __builtin_ctzll(left), length = __builtin_ctzll(~(left >> first));
             left &= ~uint64_t{0} << (first + length);
             const int r1 = least(q.rows, (first + length) * judged_);
-            for (int r = first * judged_; r < r1; r += kStrip) {
-                strip(x, q, n, panel, r, least(kStrip, r1 - r), masked, row_sums);
+            for (int r = first * judged_; r < r1; r += kStrip<Math>) {
+                strip(x, q, n, panel, r, least(kStrip<Math>, r1 - r), masked, row_sums);
             }
             const int64_t at = first * judged_ / Math::kPair;
-            runs[count++] = {at, at, units<Math>(r1) - at};
+            runs[count++] = {at, at, ceil_div(padded(r1), Math::kPair) - at};
         }
         const int64_t key = panel * kPanel;
-        const int keys = static_cast<int>(least<int64_t>(kPanel, p_.Lk() - n * sizes_.keys - key));
         const float* dscores = Math::kPair == 1 ? x.dscores_by_key + panel * Sizes::kQueries * kPanel : x.dscores;
-        if (g_.dv) {
-            gemm<Math, Store::kAdd, kTall>(keys, static_cast<int>(sizes_.dv_vecs), {x.weights, 1, kPanel}, runs, count,
-                                           x.o_summed, steps(), x.dv + key * sizes_.ld_dv, sizes_.ld_dv);
-        }
-        if (g_.dk) {
-            gemm<Math, Store::kAdd, kTall>(keys, static_cast<int>(sizes_.d_vecs), {dscores, 1, kPanel}, runs, count,
-                                           x.q_summed, steps(), x.dk + key * sizes_.ld_d, sizes_.ld_d);
+        if (g_.dv) add_keys(runs, count, x.weights, x.o_summed, sizes_.dv_vecs, n, key, x.dv);
+        if (g_.dk) add_keys(runs, count, dscores, x.q_summed, sizes_.d_vecs, n, key, x.dk);
+    }
+
+    // sums += weights^T summed for one panel of keys, or its transpose: then `weights` are the operand of panels.
+    void add_keys(const Segment* runs, int count, const float* weights, const float* summed, int64_t vecs, int64_t n,
+                  int64_t key, float* sums) const {
+        if constexpr (Math::kTiles) {
+            gemm<Math, Store::kAdd>(static_cast<int>(vecs * W), 2,
+                                    {summed, Sizes::kSteps, 1, Sizes::kSteps / Math::kParts}, runs, count, weights,
+                                    Sizes::kSteps, sums + key, sizes_.keys);
+        } else {
+            const int keys = static_cast<int>(least<int64_t>(kPanel, p_.Lk() - n * sizes_.keys - key));
+            gemm<Math, Store::kAdd, kTall<Math>>(keys, static_cast<int>(vecs), {weights, 1, kPanel}, runs, count,
+                                                 summed, Sizes::kSteps, sums + key * vecs * W, vecs * W);
         }
     }
 
@@ -284,27 +311,30 @@ class Backward {
             s.dweights = x.dweights;
             s.dscores = x.dscores + r0 / Math::kPair * kPanel;
         }
-        const Segment d{0, 0, sizes_.d_units}, dv{0, 0, sizes_.dv_units};
-        gemm<Math, Store::kWrite, kTall>(rows, 2, {x.q + r0 * sizes_.ld_q, sizes_.ld_q, 1}, &d, 1,
-                                         x.k_columns + panel * kPanel * sizes_.d_units, sizes_.d_units, s.scores,
-                                         kPanel);
+        const Segment d{0, 0, sizes_.d_units / Math::kParts}, dv{0, 0, sizes_.dv_units / Math::kParts};
+        gemm<Math, Store::kWrite, kTall<Math>>(
+            rows, 2, {x.q + r0 * sizes_.ld_q, sizes_.ld_q, 1, sizes_.ld_q / Math::kParts}, &d, 1,
+            x.k_columns + panel * kPanel * sizes_.d_units, sizes_.d_units, s.scores, kPanel);
         if (needs_ds_) {
-            gemm<Math, Store::kWrite, kTall>(rows, 2, {x.o + r0 * sizes_.ld_o, sizes_.ld_o, 1}, &dv, 1,
-                                             x.v_columns + panel * kPanel * sizes_.dv_units, sizes_.dv_units,
-                                             s.dweights, kPanel);
+            gemm<Math, Store::kWrite, kTall<Math>>(
+                rows, 2, {x.o + r0 * sizes_.ld_o, sizes_.ld_o, 1, sizes_.ld_o / Math::kParts}, &dv, 1,
+                x.v_columns + panel * kPanel * sizes_.dv_units, sizes_.dv_units, s.dweights, kPanel);
         }
-        if (rows % Math::kPair) {  // the missing row of the last pair
-            memset(s.scores + rows * kPanel, 0, sizeof(float) * kPanel);
-            memset(s.dweights + rows * kPanel, 0, sizeof(float) * kPanel);
-            if (s.damp) memset(s.damp + rows * kPanel, 0, sizeof(float) * kPanel);
-            x.visible[r0 + rows] = x.keep[r0 + rows] = 0;
+        // The missing rows of the last units, to which `prepare` has given weight 0.
+        const int filled = static_cast<int>(round_up(padded(rows), Math::kPair)), missing = filled - rows;
+        if (missing) {
+            const size_t bytes = sizeof(float) * static_cast<size_t>(missing * kPanel);
+            memset(s.scores + rows * kPanel, 0, bytes);
+            memset(s.dweights + rows * kPanel, 0, bytes);
+            if (s.damp) memset(s.damp + rows * kPanel, 0, bytes);
+            for (int r = r0 + rows; r < r0 + filled; ++r) x.visible[r] = x.keep[r] = 0;
         }
         if (logits_) make_logits(p_, q.b, q.h, q.i0 + r0, j0, rows, s, x.visible + r0);
         const bool keep_sums = bias_.wanted() || slopes_.wanted();
         if (p_.dropout_p > 0) {
-            weigh_strip<Math, true>(s, rows, masked, factor_, dropout_.factor, keep_sums);
+            weigh_strip<Math, true>(s, filled, masked, factor_, dropout_.factor, keep_sums);
         } else {
-            weigh_strip<Math, false>(s, rows, masked, factor_, 1.0f, keep_sums);
+            weigh_strip<Math, false>(s, filled, masked, factor_, 1.0f, keep_sums);
         }
         const float* ds = s.damp ? s.damp : s.dweights;
         if (bias_.wanted()) bias_.add(q.b, q.h, q.i0 + r0, j0, rows, ds, row_sums.bias + r0);
@@ -355,14 +385,14 @@ class Backward {
             int segment_count = 0;
             for (int panel = 0; panel < sizes_.panels; ++panel) {
                 if (!(set >> panel & 1)) continue;
-                segments[segment_count++] = {int64_t{panel} * Sizes::kQueries * Sizes::kUnits, panel * Sizes::kUnits,
-                                             Sizes::kUnits};
+                constexpr int64_t steps = Sizes::kUnits / Math::kParts;
+                segments[segment_count++] = {int64_t{panel} * Sizes::kQueries * Sizes::kUnits, panel * steps, steps};
             }
             const int64_t r0 = g * judged_;
             const int rows = static_cast<int>(least<int64_t>(end * judged_, q.rows) - r0);
-            gemm<Math, store, kTall>(rows, static_cast<int>(sizes_.d_vecs),
-                                     {x.dscores_by_key + r0 * Sizes::kUnits, Sizes::kUnits, 1}, segments, segment_count,
-                                     x.k_rows, sizes_.key_units, dq + r0 * ld, ld);
+            const Rows dscores{x.dscores_by_key + r0 * Sizes::kUnits, Sizes::kUnits, 1, Sizes::kUnits / Math::kParts};
+            gemm<Math, store, kTall<Math>>(rows, static_cast<int>(sizes_.d_vecs), dscores, segments, segment_count,
+                                           x.k_rows, sizes_.key_units, dq + r0 * ld, ld);
             g = end;
         }
     }
@@ -390,10 +420,16 @@ void softmax_backward(const SoftmaxParams& p, const SoftmaxGradients& g) {
         for (int64_t n = 0; g.dslopes && n < p.Hq() * (p.slopes_batch ? p.B() : 1); ++n) g.dslopes[n] = 0;
         return;
     }
+#if FASTATTN_RANK_OF(FASTATTN_ISA) >= 4
+    if (p.q.dtype == DType::kBFloat16) return Backward<Parts<1>>(p, g).run();
+    if (p.q.dtype == DType::kFloat16) return Backward<Parts<2>>(p, g).run();
+    Backward<Parts<3>>(p, g).run();
+#else
 #ifdef FASTATTN_HAS_BF16_DOT
     if (p.q.dtype == DType::kBFloat16) return Backward<Bf16>(p, g).run();
 #endif
     Backward<Fp32>(p, g).run();
+#endif
 }
 
 }  // namespace FASTATTN_ISA

@@ -11,19 +11,25 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-constexpr int kTall =
-    W == 16 ? 12 : kTileRows;      // rows of a register tile: 24 sums, two of B and one of A fill the registers
-constexpr int kStrip = 4 * kTall;  // rows whose scores are made and used up while in the first-level cache
+// Rows of a register tile: 24 sums, two of B and one of A fill the registers; matrix tiles come in pairs.
+template <class Math>
+constexpr int kTall = Math::kTiles ? 32
+                      : W == 16    ? 12
+                                   : kTileRows;
+// Rows whose scores are made and used up while in the first-level cache.
+template <class Math>
+constexpr int kStrip = Math::kTiles ? 64 : 4 * kTall<Math>;
 constexpr int64_t kMaxKeys = 256;  // keys of a block at most
 constexpr int kMaxPanels = static_cast<int>(kMaxKeys) / kPanel;
 
 // Sizes of a call in elements, units, and blocks. They depend on the shape alone: so do all sums.
 template <class Math>
 struct BackwardSizes {
-    static constexpr int kQueries = 128;                 // of a block
-    static constexpr int kUnits = kPanel / Math::kPair;  // of a panel of keys
-    static constexpr int kGroups = (kQueries + kTall - 1) / kTall;
-    static_assert(kGroups < 64 && kTall % 2 == 0 && kQueries % kTile == 0, "");
+    static constexpr int kQueries = 128;                                      // of a block
+    static constexpr int kUnits = kPanel / Math::kPair * Math::kParts;        // of a panel of keys
+    static constexpr int64_t kSteps = kQueries / Math::kPair * Math::kParts;  // of a sum over queries, all parts
+    static constexpr int kGroups = (kQueries + kTall<Math> - 1) / kTall<Math>;
+    static_assert(kGroups < 64 && kTall<Math> % 2 == 0 && kQueries % kTile == 0, "");
 
     int64_t D, Dv, d_units, dv_units, ld_q, ld_o;  // ld_q, ld_o: units of a row of q and dout
     int64_t d_vecs, dv_vecs, ld_d, ld_dv;          // ld_d, ld_dv: floats of a row of sums
@@ -42,7 +48,7 @@ struct BackwardSizes {
           ld_d(d_vecs * W),
           ld_dv(dv_vecs * W),
           keys(block_keys(most(D, Dv), p.Hk(), p.Lk())),
-          key_units(keys / Math::kPair),
+          key_units(keys / Math::kPair * Math::kParts),
           panels(keys / kPanel),
           q_blocks(ceil_div(p.Lq(), kQueries)),
           k_blocks(ceil_div(p.Lk(), keys)),
@@ -59,9 +65,10 @@ struct BackwardSizes {
 template <class Math>
 struct BackwardBuffers {
     using Sizes = BackwardSizes<Math>;
-    float *k_columns, *v_columns, *k_rows;         // B operands of Q K^T, dO V^T, dS K
-    float *q, *o, *q_summed, *o_summed;            // A operands of Q K^T, dO V^T; B of dS^T Q, P^T dO
-    float *dk, *dv, *dq;                           // sums
+    float *k_columns, *v_columns, *k_rows;  // B operands of Q K^T, dO V^T, dS K
+    // A operands of Q K^T, dO V^T; B of dS^T Q, P^T dO, or, by matrix tiles, A of Q^T dS, dO^T P.
+    float *q, *o, *q_summed, *o_summed;
+    float *dk, *dv, *dq;                           // sums; of matrix tiles dk and dv are transposed
     float *scores = nullptr, *dweights = nullptr;  // one strip of S and of dP, then of dS
     float* damp = nullptr;                         // of the same strip, see Strip
     float *weights, *dscores = nullptr;            // one panel of P and dS, units along queries
@@ -77,25 +84,25 @@ struct BackwardBuffers {
             at += round_up(n, 16);
             return start;
         };
-        constexpr int64_t rows = Sizes::kQueries;
+        constexpr int64_t rows = Sizes::kQueries, strip = kStrip<Math> * kPanel;
         k_columns = take(s.keys * s.d_units);
         v_columns = take(s.keys * s.dv_units);
         k_rows = take(s.key_units * s.ld_d);
         q = take(rows * s.ld_q);
         o = take(rows * s.ld_o);
-        q_summed = take(rows / Math::kPair * s.ld_d);
-        o_summed = take(rows / Math::kPair * s.ld_dv);
+        q_summed = take(Sizes::kSteps * s.ld_d);
+        o_summed = take(Sizes::kSteps * s.ld_dv);
         dk = take(s.keys * s.ld_d);
         dv = take(s.keys * s.ld_dv);
         dq = take(rows * s.ld_d);
-        weights = take(rows / Math::kPair * kPanel);
+        weights = take(Sizes::kSteps * kPanel);
         dscores_by_key = take(rows * s.key_units);
         if constexpr (Math::kPair == 2) {
-            scores = take(kStrip * kPanel);
-            dweights = take(kStrip * kPanel);
-            dscores = take(rows / Math::kPair * kPanel);
+            scores = take(strip);
+            dweights = take(strip);
+            dscores = take(Sizes::kSteps * kPanel);
         }
-        if (s.capped) damp = take(kStrip * kPanel);
+        if (s.capped) damp = take(strip);
         visible = reinterpret_cast<uint64_t*>(take(2 * rows));
         keep = reinterpret_cast<uint64_t*>(take(2 * rows));
         return at;
@@ -126,7 +133,10 @@ class BackwardSight {
     }
 
     // Rows whose visibility is judged together: a register tile, or, so that the tiles of a plan are whole groups, 16.
-    int judged_rows() const { return sight_.plan.row_start ? 16 : kTall; }
+    template <class Math>
+    int judged_rows() const {
+        return sight_.plan.row_start && !Math::kTiles ? 16 : kTall<Math>;
+    }
 
     // Whether the tile of queries from i0 on may touch key block n.
     bool touches(int64_t b, int64_t h, int64_t i0, int64_t n) const {
@@ -264,17 +274,19 @@ inline void weigh(const Strip& x, int rows, float factor, float keep_factor, boo
         }
     } else {
 #ifdef FASTATTN_HAS_BF16_DOT
+        constexpr int64_t part = BackwardSizes<Math>::kSteps / Math::kParts * kPanel;
+        constexpr int64_t units = BackwardSizes<Math>::kUnits, key_part = units / Math::kParts;
         for (int r = 0; r < rows; r += 2) {
             Vec p[2][2], ds[2][2];
             for (int i = 0; i < 2; ++i) {
                 for (int v = 0; v < 2; ++v) term(r + i, v, p[i][v], ds[i][v]);
             }
             for (int v = 0; v < 2; ++v) {
-                vstore(x.weights + r / 2 * kPanel + v * W, interleave_bf16(p[0][v], p[1][v]));
-                vstore(x.dscores + r / 2 * kPanel + v * W, interleave_bf16(ds[0][v], ds[1][v]));
+                store_pairs<Math>(x.weights + r / 2 * kPanel + v * W, part, p[0][v], p[1][v]);
+                store_pairs<Math>(x.dscores + r / 2 * kPanel + v * W, part, ds[0][v], ds[1][v]);
             }
             for (int i = 0; i < 2; ++i) {
-                vstore(x.dscores_by_key + (r + i) * (kPanel / 2), narrow_bf16(ds[i][0], ds[i][1]));
+                store_neighbours<Math>(x.dscores_by_key + (r + i) * units, key_part, ds[i][0], ds[i][1]);
                 for (int v = 0; keep_sums && v < 2; ++v) vstore(x.dweights + (r + i) * kPanel + v * W, ds[i][v]);
             }
         }
@@ -309,6 +321,25 @@ inline void store_rows(const TensorView& t, int64_t b, int64_t h, int64_t i0, in
                        float factor) {
     for (int64_t r = 0; r < n; ++r) store_row(t, b, h, i0 + r, t.size[3], rows ? rows + r * ld : nullptr, factor);
 }
+
+#if FASTATTN_RANK_OF(FASTATTN_ISA) >= 4
+// The same of sums that lie transposed, [round_up(cols, W)][ld].
+inline void store_columns(const TensorView& t, int64_t b, int64_t h, int64_t i0, int64_t n, const float* columns,
+                          int64_t ld, float factor) {
+    for (int64_t r = 0; r < n; r += W) {
+        for (int64_t c = 0; c < t.size[3]; c += W) {
+            Vec block[W];
+            FASTATTN_UNROLL for (int i = 0; i < W; ++i) block[i] = vload(columns + (c + i) * ld + r);
+            transpose(block);
+            const int lanes_left = static_cast<int>(least<int64_t>(W, t.size[3] - c));
+            for (int64_t i = 0; i < least<int64_t>(W, n - r); ++i) {
+                store_floats(t.row(b, h, i0 + r + i), t.dtype, c, t.stride[3], vmul(block[i], vset(factor)),
+                             lanes_left);
+            }
+        }
+    }
+}
+#endif
 
 inline void store_zeros(const TensorView& t) {
     for (int64_t b = 0; t && b < t.size[0]; ++b) {

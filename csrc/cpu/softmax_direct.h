@@ -6,33 +6,6 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-// Lane n of the result is the sum of the lanes of r[n].
-FASTATTN_INLINE Vec sum_each(Vec r[W]) {
-#if FASTATTN_RANK_OF(FASTATTN_ISA) >= 2
-    // A tree that halves the vectors at each level: a full transpose would shuffle twice as much.
-    const auto pd = [](Vec a) { return _mm512_castps_pd(a); };
-    const auto ps = [](__m512d a) { return _mm512_castpd_ps(a); };
-    Vec a[8], b[4];
-    FASTATTN_UNROLL for (int i = 0; i < 8; ++i) {
-        a[i] = vadd(_mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]), _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]));
-    }
-    FASTATTN_UNROLL for (int i = 0; i < 4; ++i) {
-        b[i] = vadd(ps(_mm512_unpacklo_pd(pd(a[2 * i]), pd(a[2 * i + 1]))),
-                    ps(_mm512_unpackhi_pd(pd(a[2 * i]), pd(a[2 * i + 1]))));
-    }
-    FASTATTN_UNROLL for (int i = 0; i < 2; ++i) {
-        a[i] = vadd(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88),
-                    _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
-    }
-    return vadd(_mm512_shuffle_f32x4(a[0], a[1], 0x88), _mm512_shuffle_f32x4(a[0], a[1], 0xdd));
-#endif
-    transpose(r);
-    FASTATTN_UNROLL for (int step = 1; step < W; step *= 2) {
-        FASTATTN_UNROLL for (int n = 0; n + step < W; n += 2 * step) r[n] = vadd(r[n], r[n + step]);
-    }
-    return r[0];
-}
-
 // Dot products of one query row with W neighbouring keys, `step` bytes apart.
 template <class Math>
 FASTATTN_INLINE Vec direct_dots(const float* q, const char* keys, int64_t step, int64_t full, const Source& source,
@@ -54,7 +27,7 @@ FASTATTN_INLINE Vec direct_dots(const float* q, const char* keys, int64_t step, 
         const Vec x = vload(q + full);
         for (int n = 0; n < W; ++n) sums[n] = Math::dot(x, load_units<Math>(source, j + n, full, D), sums[n]);
     }
-    return sum_each(sums);
+    return reduce_each(sums, vadd);
 }
 
 // scores [rows][kScoreRow] of one tile. Past Lk they are 0: masked like any hidden key. Meanwhile memory is asked for

@@ -6,22 +6,27 @@ namespace fastattn {
 namespace FASTATTN_ISA {
 namespace {
 
-template <class Math>
+template <class Long, class Few>
 void forward(const SoftmaxParams& p) {
-    if (is_decode(p.Lq(), p.group(), p.Lk())) {
-        Split<Math>(p).run();
-    } else {
-        Tiled<Math>(p).run();
-    }
+    if (!is_decode(p.Lq(), p.group(), p.Lk())) return Tiled<Long>(p).run();
+    // Backward makes the scores of these rows again, by the products of `Long`.
+    if (p.lse_parts) return Split<Long>(p).run();
+    Split<Few>(p).run();
 }
 
 }  // namespace
 
 void softmax_forward(const SoftmaxParams& p) {
+#if FASTATTN_RANK_OF(FASTATTN_ISA) >= 4
+    if (p.q.dtype == DType::kBFloat16) return forward<Parts<1>, Bf16>(p);
+    if (p.q.dtype == DType::kFloat16) return forward<Parts<2>, Fp32>(p);
+    return forward<Parts<3>, Fp32>(p);
+#else
 #ifdef FASTATTN_HAS_BF16_DOT
-    if (p.q.dtype == DType::kBFloat16) return forward<Bf16>(p);
+    if (p.q.dtype == DType::kBFloat16) return forward<Bf16, Bf16>(p);
 #endif
-    forward<Fp32>(p);
+    forward<Fp32, Fp32>(p);
+#endif
 }
 
 }  // namespace FASTATTN_ISA

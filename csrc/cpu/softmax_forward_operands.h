@@ -20,7 +20,7 @@ struct Layout {
           tiles(ceil_div(p.Lk(), 64)),
           k_tile(kPanelsPerTile * kPanel * d_units),
           k_size(tiles * k_tile),
-          v_steps(tiles * 64 / Math::kPair),
+          v_steps(tiles * 64 / Math::kPair * Math::kParts),
           v_size(v_steps * ldo) {}
     int64_t head_size() const { return round_up(k_size + v_size, 16); }
 };
@@ -44,7 +44,7 @@ void pack_key_tile(const SoftmaxParams& p, const Source& keys, int64_t tile, flo
     }
 }
 
-// Steps of values [at, at + 64 / pair) from key tile `tile`; keys past Lk are zeros.
+// Steps of values [at, at + 64 / pair) of each part from key tile `tile`; keys past Lk are zeros.
 template <class Math>
 void pack_value_tile(const SoftmaxParams& p, Source values, int64_t tile, float* out, int64_t steps, int64_t at) {
     values.last = least(values.last, p.Lk());

@@ -27,9 +27,9 @@ class Split {
           rows_(p.Lq() * p.group()),
           chunks_(ceil_div(p.Lk(), kChunkKeys)),
           // The backward pass sums packed keys, and its scores must be the very ones whose maximum it is given.
-          direct_keys_(rows_ <= kDirectKeyRows && !p.lse_parts && p.k.stride[3] == 1 &&
+          direct_keys_(!Math::kTiles && rows_ <= kDirectKeyRows && !p.lse_parts && p.k.stride[3] == 1 &&
                        element_size(p.k.dtype) * Math::kPair == 4),
-          direct_values_(rows_ <= kDirectValueRows && p.v.stride[3] == 1),
+          direct_values_(!Math::kTiles && rows_ <= kDirectValueRows && p.v.stride[3] == 1),
           unpacked_values_(Math::kPair == 1 && p.v.dtype == DType::kFloat32 && p.v.stride[3] == 1 && p.Dv() % W == 0),
           grouped_(direct_keys_ && rows_ > kDirectValueRows && p.D() % Math::kPair == 0 && p.v.stride[3] == 1 &&
                    p.Dv() % kPanel == 0) {}
@@ -43,6 +43,7 @@ class Split {
         std::atomic<int> members{0};
         std::atomic<int64_t> next{0};
         run_team(threads, [&] {
+            const MatrixUnit unit;
             float* mine = blocks.as<float>() + members.fetch_add(1) * scratch;
             // The task after this one is taken early: its first keys are asked for during this one's last product.
             for (int64_t task = next.fetch_add(1), after; task < heads * chunks_; task = after) {
@@ -59,9 +60,9 @@ class Split {
     // No more than is used: beyond 128 KiB an allocation costs page faults, longer than a small call takes.
     int64_t chunk_scratch() const {
         const int64_t keys = direct_keys_ ? 0 : kSlots * layout_.k_tile;
-        const int64_t values = direct_values_ ? 0 : kGroupKeys / Math::kPair * layout_.ldo;
+        const int64_t values = direct_values_ ? 0 : kGroupKeys / Math::kPair * Math::kParts * layout_.ldo;
         const int64_t lanes = grouped_ ? 8 * layout_.d_units : 0;
-        return round_up(rows_ * (layout_.ldq + layout_.ldo) + kRows * kScoreRow + keys + values + lanes + 64, 16);
+        return round_up(rows_ * (layout_.ldq + layout_.ldo) + Weights<Math>::kFloats + keys + values + lanes + 64, 16);
     }
 
     void place(Panel& x, int64_t b, int64_t hk, int64_t row) const {
@@ -79,9 +80,9 @@ class Split {
         float* q = scratch;
         float* out = q + rows_ * layout_.ldq;
         float* scores = out + rows_ * layout_.ldo;
-        float* keys = scores + kRows * kScoreRow;
+        float* keys = scores + Weights<Math>::kFloats;
         float* values = keys + (direct_keys_ ? 0 : kSlots * layout_.k_tile);
-        float* q_lanes = values + (direct_values_ ? 0 : kGroupKeys / Math::kPair * layout_.ldo);
+        float* q_lanes = values + (direct_values_ ? 0 : kGroupKeys / Math::kPair * Math::kParts * layout_.ldo);
         Panel panels[kDecodeRows / kRows];
         int count = 0;
         for (int64_t row = 0; row < rows_; row += kRows, ++count) {
@@ -120,21 +121,25 @@ class Split {
                 key_rows.seen_from = packed[slot];
                 pack_key_tile<Math>(p_, key_rows, packed[slot], keys + slot * layout_.k_tile);
             }
-            constexpr int64_t steps = kGroupKeys / Math::kPair;
+            constexpr int64_t steps = kGroupKeys / Math::kPair * Math::kParts;
             // Rows of whole vectors, none hidden, are operands as they lie in memory.
             bool whole = true;
             for (int slot = 0; slot < used; ++slot) whole &= seen[slot] == ~uint64_t{0};
             const bool grouped = grouped_ && whole, unpacked = unpacked_values_ && !direct_values_ && whole;
-            if (grouped) {
-                group(panels[0], key_rows, value_rows, packed, used,
-                      ahead_of(p_.k, key_rows, j0 / 64 + kSlots - 1, last, after), q_lanes, scores);
-                continue;
+            if constexpr (!Math::kTiles) {
+                if (grouped) {
+                    group(panels[0], key_rows, value_rows, packed, used,
+                          ahead_of(p_.k, key_rows, j0 / 64 + kSlots - 1, last, after), q_lanes, scores);
+                    continue;
+                }
             }
             for (int n = 0; n < count; ++n) {
                 Panel& x = panels[n];
-                for (int slot = 0; slot < used && direct_keys_; ++slot) {
-                    const char* ahead = ahead_of(p_.k, key_rows, packed[slot], last, after);
-                    direct_scores<Math>(x, key_rows, ahead, packed[slot], p_.D(), p_.Lk(), scores + slot * 64);
+                if constexpr (!Math::kTiles) {
+                    for (int slot = 0; slot < used && direct_keys_; ++slot) {
+                        const char* ahead = ahead_of(p_.k, key_rows, packed[slot], last, after);
+                        direct_scores<Math>(x, key_rows, ahead, packed[slot], p_.D(), p_.Lk(), scores + slot * 64);
+                    }
                 }
                 if (!direct_keys_) {
                     score_tiles<Math>(x, layout_.d_units, scores,
@@ -146,26 +151,28 @@ class Split {
                     value_rows.seen_from = packed[slot];
                     pack_value_tile<Math>(p_, value_rows, packed[slot], values, steps, slot * 64 / Math::kPair);
                 }
-                if (unpacked) {
-                    rescale(x);
-                    for (int slot = 0; slot < used; ++slot) {
-                        const float* tile = reinterpret_cast<const float*>(value_rows.at(packed[slot] * 64));
-                        gemm_unpacked<Math>(x.rows, static_cast<int>(layout_.dv_vecs),
-                                            {scores + slot * 64, kScoreRow, 1}, {0, 0, 64}, tile, value_rows.row, x.out,
-                                            x.ldo);
-                    }
-                    continue;
-                }
-                if (!direct_values_) {
+                if (!direct_values_ && !unpacked) {
                     add_values<Math>(x, scores, values, steps, layout_.dv_vecs,
                                      [](int slot) { return int64_t{slot} * 64 / Math::kPair; });
                     continue;
                 }
-                rescale(x);
-                for (int slot = 0; slot < used; ++slot) {
-                    const char* ahead = ahead_of(p_.v, value_rows, packed[slot], last, after);
-                    direct_values<Math>(x, scores + slot * 64 / Math::kPair, value_rows, ahead, seen[slot],
-                                        packed[slot], p_.Dv());
+                if constexpr (!Math::kTiles) {
+                    if (unpacked) {
+                        rescale(x);
+                        for (int slot = 0; slot < used; ++slot) {
+                            const float* tile = reinterpret_cast<const float*>(value_rows.at(packed[slot] * 64));
+                            gemm_unpacked<Math>(x.rows, static_cast<int>(layout_.dv_vecs),
+                                                {scores + slot * 64, kScoreRow, 1}, {0, 0, 64}, tile, value_rows.row,
+                                                x.out, x.ldo);
+                        }
+                        continue;
+                    }
+                    rescale(x);
+                    for (int slot = 0; slot < used; ++slot) {
+                        const char* ahead = ahead_of(p_.v, value_rows, packed[slot], last, after);
+                        direct_values<Math>(x, scores + slot * 64 / Math::kPair, value_rows, ahead, seen[slot],
+                                            packed[slot], p_.Dv());
+                    }
                 }
             }
         }

@@ -8,9 +8,11 @@ namespace fastattn {
 namespace FASTATTN_ISA {
 namespace {
 
-constexpr int64_t kBlockRows = 64;                 // query rows of a task
+constexpr int64_t kBlockRows = 64;                 // query rows of a block
+constexpr int kMaxBlocks = 4;                      // blocks of a task
 constexpr int64_t kWaveBytes = int64_t{48} << 20;  // packed keys and values held at once
 constexpr int64_t kLocalBytes = 640 << 10;         // packed head that fits beside the work in a second-level cache
+constexpr int64_t kStretchBytes = 512 << 10;       // keys and values that all blocks of a task read in turn
 
 template <class Math>
 class Tiled {
@@ -20,7 +22,10 @@ class Tiled {
           terms_(p),
           layout_(p),
           sight_(p, Sight::kSeen | Sight::kRows),
-          q_blocks_(ceil_div(p.Lq(), kBlockRows)) {}
+          blocks_(blocks_of_task()),
+          head_tasks_(ceil_div(p.Lq(), blocks_ * kBlockRows) * p.group()),
+          stretch_(blocks_ == 1 ? layout_.tiles
+                                : most<int64_t>(kSlots, kStretchBytes * layout_.tiles / (layout_.head_size() * 4))) {}
 
     void run() {
         const int64_t heads = p_.B() * p_.Hk(), size = layout_.head_size();
@@ -32,12 +37,13 @@ class Tiled {
         if (local) {
             std::atomic<int64_t> next{0};
             run_team(p_.threads, [&] {
+                const MatrixUnit unit;
                 const int me = members.fetch_add(1);
                 float* mine = packed.as<float>() + me * size;
                 for (int64_t head; (head = next.fetch_add(1)) < heads;) {
                     for (int64_t tile = 0; tile < layout_.tiles; ++tile) pack(head, tile, mine);
-                    for (int64_t block = 0; block < q_blocks_ * p_.group(); ++block) {
-                        attend(head, block, mine, blocks.as<float>() + me * scratch);
+                    for (int64_t task = 0; task < head_tasks_; ++task) {
+                        attend(head, task, mine, blocks.as<float>() + me * scratch);
                     }
                 }
             });
@@ -52,19 +58,30 @@ class Tiled {
             std::atomic<int64_t> next{0};
             members = 0;
             run_team(p_.threads, [&] {
+                const MatrixUnit unit;
                 const int me = members.fetch_add(1);
-                for (int64_t task; (task = next.fetch_add(1)) < count * q_blocks_ * p_.group();) {
-                    const int64_t at = task % count, block = heaviest(first + at, task / count);
-                    attend(first + at, block, packed.as<float>() + at * size, blocks.as<float>() + me * scratch);
+                for (int64_t task; (task = next.fetch_add(1)) < count * head_tasks_;) {
+                    // Matrix tiles use a head up faster than it comes from a third-level cache: it stays in the second.
+                    const int64_t at = Math::kTiles ? task / head_tasks_ : task % count;
+                    const int64_t rest = Math::kTiles ? task % head_tasks_ : task / count;
+                    attend(first + at, heaviest(first + at, rest), packed.as<float>() + at * size,
+                           blocks.as<float>() + me * scratch);
                 }
             });
         }
     }
 
    private:
-    int64_t block_scratch() const {
-        return round_up(kBlockRows * (layout_.ldq + layout_.ldo) + kRows * kScoreRow + 64, 16);
+    // Where a head leaves no room in a second-level cache, several blocks go through it together, stretch by stretch.
+    // Which keys a block takes at once, and so its result, is the same.
+    int blocks_of_task() const {
+        const bool large = Math::kTiles && layout_.head_size() * 4 > 2 * kStretchBytes;
+        const int64_t tasks = p_.B() * p_.Hq() * ceil_div(p_.Lq(), kMaxBlocks * kBlockRows);
+        return large && tasks >= 4 * p_.threads ? kMaxBlocks : 1;
     }
+
+    int64_t block_floats() const { return kBlockRows * (layout_.ldq + layout_.ldo); }
+    int64_t block_scratch() const { return round_up(blocks_ * block_floats() + Weights<Math>::kFloats + 64, 16); }
 
     void pack(int64_t head, int64_t tile, float* out) const {
         const int64_t b = head / p_.Hk(), hk = head % p_.Hk();
@@ -73,31 +90,67 @@ class Tiled {
                               tile * 64 / Math::kPair);
     }
 
-    // The n-th block of a head in the order of their work. Without a plan the last one is first: under a causal band it
+    // The n-th task of a head in the order of their work. Without a plan the last one is first: under a causal band it
     // is the longest.
     int64_t heaviest(int64_t kv_head, int64_t n) const {
         const int32_t* order = sight_.plan.row_order;
-        if (!order) return q_blocks_ * p_.group() - 1 - n;
+        if (!order || blocks_ > 1) return head_tasks_ - 1 - n;
         const int64_t g = n % p_.group(), h = kv_head % p_.Hk() * p_.group() + g;
-        return order[sight_.plan.slice(kv_head / p_.Hk(), h) * q_blocks_ + n / p_.group()] * p_.group() + g;
+        return order[sight_.plan.slice(kv_head / p_.Hk(), h) * sight_.plan.q_tiles + n / p_.group()] * p_.group() + g;
     }
 
-    // Query rows [i0, i0 + 64) of one head; block counts (query block, head of the group).
-    void attend(int64_t kv_head, int64_t block, const float* packed, float* scratch) const {
-        const int64_t b = kv_head / p_.Hk(), h = kv_head % p_.Hk() * p_.group() + block % p_.group();
-        const int64_t i0 = block / p_.group() * kBlockRows, i1 = least(i0 + kBlockRows, p_.Lq());
+    // Query rows [i0, i1) of one head, and the key tiles they are to see next.
+    struct Block {
+        int64_t i0, i1;
+        Panel panels[kBlockRows / kRows];
+        int count, filled;
+        int64_t tiles[kSlots], bits[kSlots];
+    };
+
+    // `task` counts (blocks of queries, head of the group).
+    void attend(int64_t kv_head, int64_t task, const float* packed, float* scratch) const {
+        const int64_t b = kv_head / p_.Hk(), h = kv_head % p_.Hk() * p_.group() + task % p_.group();
+        const int64_t start = task / p_.group() * blocks_ * kBlockRows;
+        float* scores = scratch + blocks_ * block_floats();
+        Block blocks[kMaxBlocks];
+        int count = 0;
+        for (int64_t i0 = start; count < blocks_ && i0 < p_.Lq(); i0 += kBlockRows, ++count) {
+            open(blocks[count], b, h, i0, scratch + count * block_floats());
+        }
+        for (int64_t tile = 0; tile < layout_.tiles; tile += stretch_) {
+            for (int n = 0; n < count; ++n) {
+                Block& x = blocks[n];
+                visit_tiles(b, h, x.i0, x.i1, tile, least(tile + stretch_, layout_.tiles) - 1,
+                            [&](int64_t at, int64_t words) {
+                                x.tiles[x.filled] = at;
+                                x.bits[x.filled] = words;
+                                if (++x.filled == kSlots) step(x, packed, scores);
+                            });
+            }
+        }
+        for (int n = 0; n < count; ++n) {
+            if (blocks[n].filled) step(blocks[n], packed, scores);
+            for (int m = 0; m < blocks[n].count; ++m) {
+                const Panel& x = blocks[n].panels[m];
+                for (int r = 0; r < x.rows; ++r) finish_row(terms_, x, r, x.top[r], x.total[r], x.out + r * x.ldo);
+            }
+        }
+    }
+
+    void open(Block& block, int64_t b, int64_t h, int64_t i0, float* scratch) const {
+        const int64_t i1 = least(i0 + kBlockRows, p_.Lq());
         float* q = scratch;
         float* out = q + kBlockRows * layout_.ldq;
-        float* scores = out + kBlockRows * layout_.ldo;
         if (terms_.zero_logits) {
             memset(q, 0, sizeof(float) * static_cast<size_t>((i1 - i0) * layout_.ldq));
         } else {
             pack_rows<Math>(source_of(p_.q, b, h), i0, i1 - i0, p_.D(), terms_.sign, q);
         }
-        Panel panels[kBlockRows / kRows];
-        int count = 0;
-        for (int64_t i = i0; i < i1; i += kRows, ++count) {
-            Panel& x = panels[count];
+        block.i0 = i0;
+        block.i1 = i1;
+        block.count = block.filled = 0;
+        for (int64_t i = i0; i < i1; i += kRows, ++block.count) {
+            Panel& x = block.panels[block.count];
             x.rows = static_cast<int>(least<int64_t>(kRows, i1 - i));
             x.b = b;
             for (int r = 0; r < x.rows; ++r) {
@@ -110,50 +163,40 @@ class Tiled {
             x.ldo = layout_.ldo;
             x.reset(p_.sinks);
         }
-        const float* values = packed + layout_.k_size;
-        int64_t tiles[kSlots], bits[kSlots];
-        int filled = 0;
-        const auto flush = [&] {
-            for (int n = 0; n < count; ++n) {
-                Panel& x = panels[n];
-                select_tiles(x, tiles, bits, filled);
-                if (!x.count) continue;
-                score_tiles<Math>(x, layout_.d_units, scores,
-                                  [&](int slot) { return packed + x.tiles[slot].tile * layout_.k_tile; });
-                softmax_step<Math>(terms_, x, scores);
-                add_values<Math>(x, scores, values, layout_.v_steps, layout_.dv_vecs,
-                                 [&](int slot) { return x.tiles[slot].tile * 64 / Math::kPair; });
-            }
-            filled = 0;
-        };
-        visit_tiles(b, h, i0, i1, [&](int64_t tile, int64_t words) {
-            tiles[filled] = tile;
-            bits[filled] = words;
-            if (++filled == kSlots) flush();
-        });
-        if (filled) flush();
-        for (int n = 0; n < count; ++n) {
-            const Panel& x = panels[n];
-            for (int r = 0; r < x.rows; ++r) finish_row(terms_, x, r, x.top[r], x.total[r], x.out + r * x.ldo);
-        }
     }
 
-    // visit(tile, words) for the key tiles rows [i0, i1) may see: those of the band, and of the plan if there is one.
+    // The block's rows against the tiles it has gathered.
+    void step(Block& block, const float* packed, float* scores) const {
+        for (int n = 0; n < block.count; ++n) {
+            Panel& x = block.panels[n];
+            select_tiles(x, block.tiles, block.bits, block.filled);
+            if (!x.count) continue;
+            score_tiles<Math>(x, layout_.d_units, scores,
+                              [&](int slot) { return packed + x.tiles[slot].tile * layout_.k_tile; });
+            softmax_step<Math>(terms_, x, scores);
+            add_values<Math>(x, scores, packed + layout_.k_size, layout_.v_steps, layout_.dv_vecs,
+                             [&](int slot) { return x.tiles[slot].tile * 64 / Math::kPair; });
+        }
+        block.filled = 0;
+    }
+
+    // visit(tile, words) for those of the key tiles [from, to] that rows [i0, i1) may see: those of the band, and of
+    // the plan if there is one.
     template <class Visit>
-    void visit_tiles(int64_t b, int64_t h, int64_t i0, int64_t i1, Visit&& visit) const {
+    void visit_tiles(int64_t b, int64_t h, int64_t i0, int64_t i1, int64_t from, int64_t to, Visit&& visit) const {
         const int64_t lowest = most<int64_t>(0, i0 + p_.lo), highest = least(p_.Lk() - 1, i1 - 1 + p_.hi);
         if (lowest > highest) return;
-        const int64_t first = lowest / 64, last = highest / 64;
+        const int64_t first = most(from, lowest / 64), last = least(to, highest / 64);
         if (!sight_.plan.row_start) {
             for (int64_t tile = first; tile <= last; ++tile) visit(tile, -1);
             return;
         }
         const TilePlanView& plan = sight_.plan;
-        const int64_t at = plan.slice(b, h) * plan.q_tiles + i0 / 64;
-        for (int64_t run = plan.row_start[at]; run < plan.row_start[at + 1]; ++run) {
-            const TileRun& r = plan.rows[run];
-            const int64_t end = least<int64_t>(last, r.first + r.count - 1);
-            for (int64_t tile = most<int64_t>(first, r.first); tile <= end; ++tile) visit(tile, r.bits);
+        const TileRun* end = plan.rows + plan.row_start[plan.slice(b, h) * plan.q_tiles + i0 / 64 + 1];
+        const TileRun* run = find_run(plan, b, h, i0 / 64, first);
+        for (; run && run < end && run->first <= last; ++run) {
+            const int64_t stop = least<int64_t>(last, run->first + run->count - 1);
+            for (int64_t tile = most<int64_t>(first, run->first); tile <= stop; ++tile) visit(tile, run->bits);
         }
     }
 
@@ -179,7 +222,8 @@ class Tiled {
     const Terms terms_;
     const Layout<Math> layout_;
     const Sight sight_;
-    const int64_t q_blocks_;
+    const int blocks_;  // of 64 rows in a task
+    const int64_t head_tasks_, stretch_;
 };
 
 }  // namespace

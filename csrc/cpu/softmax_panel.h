@@ -11,13 +11,28 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-constexpr int kRows = 16;                   // query rows of a panel
+#if FASTATTN_RANK_OF(FASTATTN_ISA) >= 4
+constexpr int kRows = 32;  // query rows of a panel
+constexpr int kTrim = 32;  // partial tiles are cut to multiples of this
+#else
+constexpr int kRows = 16;
+constexpr int kTrim = 16;
+#endif
 constexpr int kSlots = 4;                   // key tiles of a group: its scores stay in the first-level cache
 constexpr int kGroupKeys = kSlots * 64;     // = columns of the score buffer
 constexpr int kScoreRow = kGroupKeys + 16;  // floats between rows of scores: not a multiple of a cache page
-constexpr int kTrim = 16;                   // partial tiles are cut to multiples of this
 constexpr int kPanelsPerTile = 64 / kPanel;
 static_assert(kTrim % W == 0 && kRows % W == 0, "");
+
+// Where the units of weights lie: in place of the scores, or, of several parts, behind them.
+template <class Math>
+struct Weights {
+    static constexpr bool kInPlace = Math::kParts == 1;
+    static constexpr int kPart = kGroupKeys / Math::kPair;  // units between parts
+    static constexpr int kRow = kInPlace ? kScoreRow : Math::kParts * kPart + 16;
+    static constexpr int kFloats = kRows * (kScoreRow + (kInPlace ? 0 : kRow));  // of scores and weights
+    static float* of(float* scores) { return kInPlace ? scores : scores + kRows * kScoreRow; }
+};
 
 // Options of a call in the form the inner loops want them.
 struct Terms {
@@ -96,10 +111,11 @@ struct Panel {
     }
 };
 
-// scores [rows][kScoreRow] of the panel's tiles; keys(slot) is the packed K^T of the tile in that slot.
+// scores [rows][kScoreRow] of the panel's tiles; keys(slot) is the packed K^T of the tile in that slot, `steps` of all
+// parts.
 template <class Math, class Keys>
 inline void score_tiles(const Panel& x, int64_t steps, float* scores, Keys&& keys) {
-    const Segment whole{0, 0, steps};
+    const Segment whole{0, 0, steps / Math::kParts};
     for (int slot = 0; slot < x.count;) {
         const PanelTile& t = x.tiles[slot];
         const int first = t.c0 / kPanel, last = (t.c1 + kPanel - 1) / kPanel;
@@ -110,8 +126,9 @@ inline void score_tiles(const Panel& x, int64_t steps, float* scores, Keys&& key
             vecs += 2 * ((x.tiles[next].c1 + kPanel - 1) / kPanel);
             ++next;
         }
-        gemm<Math, Store::kWrite>(x.rows, vecs, {x.q, x.ldq, 1}, &whole, 1, keys(slot) + first * kPanel * steps, steps,
-                                  scores + slot * 64 + first * kPanel, kScoreRow);
+        gemm<Math, Store::kWrite>(x.rows, vecs, {x.q, x.ldq, 1, x.ldq / Math::kParts}, &whole, 1,
+                                  keys(slot) + first * kPanel * steps, steps, scores + slot * 64 + first * kPanel,
+                                  kScoreRow);
         slot = next;
     }
 }
@@ -148,9 +165,9 @@ inline Vec mask_and_max(const Panel& x, int r, float* row) {
     return vmax(top, other);
 }
 
-// Weights 2^((z - base) * factor) of one row in place as units of the value product; returns their sum by lane.
+// Weights 2^((z - base) * factor) of one row as units of the value product; returns their sum by lane.
 template <class Math, bool kDropout>
-inline Vec weigh(const Terms& terms, const Panel& x, int r, float base, float* row) {
+inline Vec weigh(const Terms& terms, const Panel& x, int r, float base, const float* row, float* weights) {
     const Vec b = vset(base), factor = vset(terms.factor), keep_factor = vset(terms.dropout.factor);
     Vec sum = vzero(), other = vzero();
     for (int slot = 0; slot < x.count; ++slot) {
@@ -165,7 +182,7 @@ inline Vec weigh(const Terms& terms, const Panel& x, int r, float base, float* r
             total = vadd(total, p);
             return kDropout ? vselect(static_cast<uint32_t>(keep >> c), vmul(p, keep_factor), vzero()) : p;
         };
-        float* units_out = row + slot * 64 / Math::kPair;
+        float* units_out = weights + slot * 64 / Math::kPair;
         for (int c = t.c0; c < t.c1; c += 2 * W) {
             const bool pair = c + W < t.c1;
             const Vec first = weight(c, sum);
@@ -175,7 +192,7 @@ inline Vec weigh(const Terms& terms, const Panel& x, int r, float base, float* r
                 if (pair) vstore(units_out + c + W, second);
             } else {
 #ifdef FASTATTN_HAS_BF16_DOT
-                vstore(units_out + c / 2, narrow_bf16(first, second));
+                store_neighbours<Math>(units_out + c / 2, Weights<Math>::kPart, first, second);
 #endif
             }
         }
@@ -183,7 +200,7 @@ inline Vec weigh(const Terms& terms, const Panel& x, int r, float base, float* r
     return vadd(sum, other);
 }
 
-// One step of the online softmax: scores become weights, top / total / decay move on.
+// One step of the online softmax: weights are made of scores, top / total / decay move on.
 template <class Math>
 inline void softmax_step(const Terms& terms, Panel& x, float* scores) {
     alignas(64) float base[kRows];
@@ -195,37 +212,33 @@ inline void softmax_step(const Terms& terms, Panel& x, float* scores) {
         lanes_by_row[r] = r < x.rows ? mask_and_max(x, r, row) : minus_inf;
     }
     FASTATTN_UNROLL for (int g = 0; g < kRows; g += W) {
-        transpose(lanes_by_row + g);
-        Vec top = vload(x.top + g);
-        const Vec before = top;
-        FASTATTN_UNROLL for (int r = 0; r < W; ++r) top = vmax(lanes_by_row[g + r], top);
+        const Vec before = vload(x.top + g), top = vmax(reduce_each(lanes_by_row + g, vmax), before);
         const Vec safe = vselect(vnot_equal(top, minus_inf), top, vzero());
         vstore(x.top + g, top);
         vstore(base + g, safe);
         vstore(x.decay + g, exp2_nonpositive<false>(vmul(vsub(before, safe), factor)));
     }
     for (int r = 0; r < kRows; ++r) {
-        float* row = scores + r * kScoreRow;
+        const float* row = scores + r * kScoreRow;
+        float* weights = Weights<Math>::of(scores) + r * Weights<Math>::kRow;
         if (r >= x.rows) {
             lanes_by_row[r] = vzero();
         } else if (terms.has_dropout) {
-            lanes_by_row[r] = weigh<Math, true>(terms, x, r, base[r], row);
+            lanes_by_row[r] = weigh<Math, true>(terms, x, r, base[r], row, weights);
         } else {
-            lanes_by_row[r] = weigh<Math, false>(terms, x, r, base[r], row);
+            lanes_by_row[r] = weigh<Math, false>(terms, x, r, base[r], row, weights);
         }
     }
     FASTATTN_UNROLL for (int g = 0; g < kRows; g += W) {
-        transpose(lanes_by_row + g);
-        Vec sum = lanes_by_row[g];
-        FASTATTN_UNROLL for (int r = 1; r < W; ++r) sum = vadd(sum, lanes_by_row[g + r]);
+        const Vec sum = reduce_each(lanes_by_row + g, vadd);
         vstore(x.total + g, vfma(vload(x.total + g), vload(x.decay + g), sum));
     }
 }
 
-// out = decay * out + weights * values; at(slot) is the first step of that slot's tile in the packed values.
+// out = decay * out + weights * values; at(slot) is the first step of that slot's tile in each part of the packed
+// values.
 template <class Math, class At>
-inline void add_values(const Panel& x, const float* weights, const float* values, int64_t steps, int64_t vecs,
-                       At&& at) {
+inline void add_values(const Panel& x, float* scores, const float* values, int64_t steps, int64_t vecs, At&& at) {
     Segment segments[kSlots];
     int count = 0;
     for (int slot = 0; slot < x.count; ++slot) {
@@ -238,8 +251,9 @@ inline void add_values(const Panel& x, const float* weights, const float* values
             segments[count++] = s;
         }
     }
-    gemm<Math, Store::kRescale>(x.rows, static_cast<int>(vecs), {weights, kScoreRow, 1}, segments, count, values, steps,
-                                x.out, x.ldo, x.decay);
+    gemm<Math, Store::kRescale>(x.rows, static_cast<int>(vecs),
+                                {Weights<Math>::of(scores), Weights<Math>::kRow, 1, Weights<Math>::kPart}, segments,
+                                count, values, steps, x.out, x.ldo, x.decay);
 }
 
 // Writes out / total of row r, its lse, and the parts of it.

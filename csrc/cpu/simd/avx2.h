@@ -58,6 +58,7 @@ inline Vec vscale2(Vec a, Vec exponent) {
     const __m256 tiny = _mm256_cmp_ps(exponent, _mm256_set1_ps(-126.0f), _CMP_LT_OQ);
     return _mm256_mul_ps(a, _mm256_andnot_ps(tiny, power));
 }
+inline Vec vscale2_normal(Vec a, Vec exponent, Vec) { return vscale2(a, exponent); }
 
 inline Vec load_bf16(const uint16_t* p) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

@@ -7,6 +7,7 @@
 #define FASTATTN_RANK_avx2 1
 #define FASTATTN_RANK_avx512 2
 #define FASTATTN_RANK_avx512_bf16 3
+#define FASTATTN_RANK_amx 4
 #define FASTATTN_RANK_OF(isa) FASTATTN_PASTE(FASTATTN_RANK_, isa)
 
 #if FASTATTN_RANK_OF(FASTATTN_ISA) >= 2
@@ -16,9 +17,18 @@
 #else
 #include "scalar.h"
 #endif
+#if FASTATTN_RANK_OF(FASTATTN_ISA) >= 4
+#include "amx.h"
+#endif
 
 namespace fastattn {
 namespace FASTATTN_ISA {
+
+#if FASTATTN_RANK_OF(FASTATTN_ISA) < 4
+struct MatrixUnit {
+    MatrixUnit() {}  // a thread needs no preparation
+};
+#endif
 
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLog2e = 1.4426950408889634f;
@@ -35,13 +45,42 @@ inline T most(T a, T b) {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// Lane n of the result is the sum, or what else op makes, of the lanes of r[n].
+template <class Op>
+FASTATTN_INLINE Vec reduce_each(Vec r[W], Op&& op) {
+#if FASTATTN_RANK_OF(FASTATTN_ISA) >= 2
+    // A tree that halves the vectors at each level: a full transpose would shuffle twice as much.
+    const auto pd = [](Vec a) { return _mm512_castps_pd(a); };
+    const auto ps = [](__m512d a) { return _mm512_castpd_ps(a); };
+    Vec a[8], b[4];
+    FASTATTN_UNROLL for (int i = 0; i < 8; ++i) {
+        a[i] = op(_mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]), _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]));
+    }
+    FASTATTN_UNROLL for (int i = 0; i < 4; ++i) {
+        b[i] = op(ps(_mm512_unpacklo_pd(pd(a[2 * i]), pd(a[2 * i + 1]))),
+                  ps(_mm512_unpackhi_pd(pd(a[2 * i]), pd(a[2 * i + 1]))));
+    }
+    FASTATTN_UNROLL for (int i = 0; i < 2; ++i) {
+        a[i] =
+            op(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88), _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
+    }
+    return op(_mm512_shuffle_f32x4(a[0], a[1], 0x88), _mm512_shuffle_f32x4(a[0], a[1], 0xdd));
+#else
+    transpose(r);
+    FASTATTN_UNROLL for (int step = 1; step < W; step *= 2) {
+        FASTATTN_UNROLL for (int n = 0; n + step < W; n += 2 * step) r[n] = op(r[n], r[n + step]);
+    }
+    return r[0];
+#endif
+}
+
 inline Vec vabs(Vec a) { return vmax(a, vsub(vzero(), a)); }
 
-// 2^x for x <= 0 (or NaN). Minimax polynomials with value 1 at 0; largest relative error 9.2e-8 and, Fast, 2.9e-6, a
-// thousandth of a bf16 rounding and the error of an lse made of such weights.
+// 2^x for x <= 0 (or NaN), 0 where that is subnormal. Minimax polynomials with value 1 at 0; largest relative
+// error 9.2e-8 and, Fast, 2.9e-6, a thousandth of a bf16 rounding and the error of an lse made of such weights.
 template <bool Fast>
 inline Vec exp2_nonpositive(Vec x) {
-    x = vmax(vset(-160.0f), x);
+    if (W < 16) x = vmax(vset(-160.0f), x);  // AVX-512 masks what lies below
     const Vec n = vround(x);
     const Vec f = vsub(x, n);
     Vec p;
@@ -55,7 +94,7 @@ inline Vec exp2_nonpositive(Vec x) {
         p = vfma(p, f, vset(0.24022242f));
         p = vfma(p, f, vset(0.693147f));
     }
-    return vscale2(vfma(p, f, vset(1.0f)), n);
+    return vscale2_normal(vfma(p, f, vset(1.0f)), n, x);
 }
 
 // Element x[i * stride] of any float type as float.
