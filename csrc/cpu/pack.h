@@ -77,8 +77,18 @@ FASTATTN_INLINE void load_units(const Source& x, int64_t r, int64_t u, int64_t c
             out[0] = vload(reinterpret_cast<const uint16_t*>(x.at(r)) + c);
             return;
         }
-        const int left = lanes_left(c), right = lanes_left(c + W);
-        const Vec first = left ? x.load(r, c, left) : vzero(), second = right ? x.load(r, c + W, right) : vzero();
+        Vec first, second;
+        if constexpr (Math::kTiles) {
+            if (whole) {
+                first = Math::load(x.at(r), c);
+                second = Math::load(x.at(r), c + W);
+            }
+        }
+        if (!Math::kTiles || !whole) {
+            const int left = lanes_left(c), right = lanes_left(c + W);
+            first = left ? x.load(r, c, left) : vzero();
+            second = right ? x.load(r, c + W, right) : vzero();
+        }
         if constexpr (Math::kParts == 1) {
             out[0] = narrow_bf16(first, second);
         } else {
@@ -201,8 +211,15 @@ inline void pack_transposed(const Source& x, int64_t r0, int64_t n, int64_t cols
 template <class Math>
 FASTATTN_INLINE void load_row_pair(const Source& x, int64_t r, bool even, int64_t partner, bool odd, int64_t c,
                                    int64_t cols, Vec out[Math::kParts]) {
-    const int n = static_cast<int>(least<int64_t>(W, cols - c));
-    const Vec first = even ? x.load(r, c, n) : vzero(), second = odd ? x.load(partner, c, n) : vzero();
+    Vec first = vzero(), second = first;
+    if (x.col == 1 && c + W <= cols) {
+        if (even) first = Math::load(x.at(r), c);
+        if (odd) second = Math::load(x.at(partner), c);
+    } else {
+        const int n = static_cast<int>(least<int64_t>(W, cols - c));
+        if (even) first = x.load(r, c, n);
+        if (odd) second = x.load(partner, c, n);
+    }
     if constexpr (Math::kParts == 1) {
         out[0] = pair_bf16(first, second);
     } else {
@@ -266,16 +283,21 @@ inline void pack_summed(const Source& x, int64_t r0, int64_t n, int64_t cols, fl
         }
     } else {
 #ifdef FASTATTN_HAS_BF16_DOT
-        for (int64_t s = 0; s < count && Math::kParts > 1; ++s) {
-            const int64_t i = s / W * 2 * W + s % W, partner = i + kPartner<Math>;
-            const bool even = i < n && x.visible(r0 + i), odd = partner < n && x.visible(r0 + partner);
-            for (int64_t c = 0; c < vecs; ++c) {
-                Vec parts[Math::kParts];
-                load_row_pair<Math>(x, r0 + i, even, r0 + partner, odd, c * W, cols, parts);
-                FASTATTN_UNROLL for (int part = 0; part < Math::kParts; ++part) vstore(target(s, c, part), parts[part]);
+        if constexpr (Math::kParts > 1) {
+            for (int64_t s = 0; s < count; ++s) {
+                const int64_t i = s / W * 2 * W + s % W, partner = i + kPartner<Math>;
+                const bool even = i < n && x.visible(r0 + i), odd = partner < n && x.visible(r0 + partner);
+                for (int64_t c = 0; c < vecs; ++c) {
+                    Vec parts[Math::kParts];
+                    load_row_pair<Math>(x, r0 + i, even, r0 + partner, odd, c * W, cols, parts);
+                    FASTATTN_UNROLL for (int part = 0; part < Math::kParts; ++part) {
+                        vstore(target(s, c, part), parts[part]);
+                    }
+                }
             }
+            return;
         }
-        for (int64_t s = 0; s < count && Math::kParts == 1; ++s) {
+        for (int64_t s = 0; s < count; ++s) {
             const int64_t r = r0 + 2 * s;
             if (2 * s >= n) {
                 for (int64_t c = 0; c < vecs; ++c) vstore(target(s, c), vzero());

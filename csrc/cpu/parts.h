@@ -17,18 +17,25 @@ FASTATTN_INLINE Vec pair_high_halves(Vec even, Vec odd) {
     return _mm512_castsi512_ps(_mm512_mask_blend_epi16(0xaaaaaaaau, low, _mm512_castps_si512(odd)));
 }
 
+// Parts of numbers that are infinite, NaN, or past the largest bf16: the first one is cut, what is not finite stays what it is.
+template <int P>
+__attribute__((noinline, cold)) void split_special(Vec x, Vec out[P]) {
+    for (int part = 0; part < P; ++part) {
+        const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+        const __mmask16 finite = _mm512_cmp_ps_mask(vabs(x), vset(kInfinity), _CMP_NEQ_UQ);
+        out[part] = _mm512_mask_mov_ps(high_half(x), nan, vset(__builtin_nanf("")));
+        x = _mm512_maskz_sub_ps(finite, x, out[part]);
+    }
+}
+
 // x = out[0] + ... + out[P - 1], each the bf16 nearest to what is left, so that what products of parts leave out has no
-// sign. Past the largest bf16 the first one is cut; infinities and NaN stay what they are.
+// sign.
 template <int P>
 FASTATTN_INLINE void split_nearest(Vec x, Vec out[P]) {
+    if (__builtin_expect(_mm512_cmp_ps_mask(vabs(x), vset(3.38e38f), _CMP_NLT_UQ), 0)) return split_special<P>(x, out);
     FASTATTN_UNROLL for (int part = 0; part < P; ++part) {
-        const __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16_bits(x)), 16);
-        Vec nearest = _mm512_castsi512_ps(wide);
-        const __mmask16 infinite = _mm512_cmp_ps_mask(vabs(nearest), vset(kInfinity), _CMP_EQ_OQ);
-        nearest = _mm512_mask_mov_ps(nearest, infinite, high_half(x));
-        out[part] = nearest;
-        const __mmask16 finite = _mm512_cmp_ps_mask(vabs(x), vset(kInfinity), _CMP_NEQ_UQ);
-        x = _mm512_maskz_sub_ps(finite, x, nearest);
+        out[part] = high_half(_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000))));
+        x = vsub(x, out[part]);
     }
 }
 
