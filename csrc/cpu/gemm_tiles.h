@@ -50,9 +50,9 @@ FASTATTN_INLINE void tile_sums(const Rows& x, const Segment* segments, int count
         for (; steps > 0; steps -= 16) {
             FASTATTN_TILE_LOAD(4, as, a_bytes);
             FASTATTN_TILE_LOAD(6, bs, b_bytes);
-            FASTATTN_TILE_DOT(0, 4, 6);
-            if (R == 2) FASTATTN_TILE_LOAD(5, as + 16 * x.row, a_bytes);
             if (N == 2) FASTATTN_TILE_LOAD(7, bs + W, b_bytes);
+            if (R == 2) FASTATTN_TILE_LOAD(5, as + 16 * x.row, a_bytes);
+            FASTATTN_TILE_DOT(0, 4, 6);
             if (N == 2) FASTATTN_TILE_DOT(1, 4, 7);
             if (R == 2) FASTATTN_TILE_DOT(2, 5, 6);
             if (R == 2 && N == 2) FASTATTN_TILE_DOT(3, 5, 7);

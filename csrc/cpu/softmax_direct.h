@@ -132,14 +132,5 @@ inline void direct_values(const Panel& x, const float* weights, const Source& va
     }
 }
 
-// out *= decay, which the packed product does on its way.
-inline void rescale(const Panel& x) {
-    for (int r = 0; r < x.rows; ++r) {
-        if (x.decay[r] == 1.0f) continue;
-        const Vec decay = vset(x.decay[r]);
-        for (int64_t c = 0; c < x.ldo; c += W) vstore(x.out + r * x.ldo + c, vmul(vload(x.out + r * x.ldo + c), decay));
-    }
-}
-
 }  // namespace FASTATTN_ISA
 }  // namespace fastattn

@@ -235,6 +235,15 @@ inline void softmax_step(const Terms& terms, Panel& x, float* scores) {
     }
 }
 
+// out *= decay, which the packed product does on its way.
+inline void rescale(const Panel& x) {
+    for (int r = 0; r < x.rows; ++r) {
+        if (x.decay[r] == 1.0f) continue;
+        const Vec decay = vset(x.decay[r]);
+        for (int64_t c = 0; c < x.ldo; c += W) vstore(x.out + r * x.ldo + c, vmul(vload(x.out + r * x.ldo + c), decay));
+    }
+}
+
 // out = decay * out + weights * values; at(slot) is the first step of that slot's tile in each part of the packed
 // values.
 template <class Math, class At>
@@ -251,9 +260,15 @@ inline void add_values(const Panel& x, float* scores, const float* values, int64
             segments[count++] = s;
         }
     }
-    gemm<Math, Store::kRescale>(x.rows, static_cast<int>(vecs),
-                                {Weights<Math>::of(scores), Weights<Math>::kRow, 1, Weights<Math>::kPart}, segments,
-                                count, values, steps, x.out, x.ldo, x.decay);
+    const Rows weights{Weights<Math>::of(scores), Weights<Math>::kRow, 1, Weights<Math>::kPart};
+    if constexpr (Math::kTiles && Math::kParts == 1) {
+        // Most rows keep their top, and tiles of sums are loaded faster than added by vectors.
+        rescale(x);
+        gemm<Math, Store::kAdd>(x.rows, static_cast<int>(vecs), weights, segments, count, values, steps, x.out, x.ldo);
+    } else {
+        gemm<Math, Store::kRescale>(x.rows, static_cast<int>(vecs), weights, segments, count, values, steps, x.out,
+                                    x.ldo, x.decay);
+    }
 }
 
 // Writes out / total of row r, its lse, and the parts of it.
