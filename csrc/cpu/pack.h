@@ -95,7 +95,9 @@ FASTATTN_INLINE void load_units(const Source& x, int64_t r, int64_t u, int64_t c
             Vec a[Math::kParts], b[Math::kParts];
             split_nearest<Math::kParts>(first, a);
             split_nearest<Math::kParts>(second, b);
-            FASTATTN_UNROLL for (int part = 0; part < Math::kParts; ++part) out[part] = narrow_bf16(a[part], b[part]);
+            FASTATTN_UNROLL for (int part = 0; part < Math::kParts; ++part) {
+                out[part] = pair_high_halves(a[part], b[part]);  // partners as in store_neighbours
+            }
         }
 #endif
     }

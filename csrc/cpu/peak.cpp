@@ -67,7 +67,7 @@ void fma_burst(int64_t steps) {
 
 #if defined(__AMX_BF16__)
 void bf16_dot_burst(int64_t steps) {
-    const MatrixUnit unit;
+    const MatrixUnit<true> unit;
     FASTATTN_TILE_ZERO(0);
     FASTATTN_TILE_ZERO(1);
     FASTATTN_TILE_ZERO(2);

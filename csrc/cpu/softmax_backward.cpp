@@ -51,7 +51,7 @@ class Backward {
         const Scratch memory(threads * size * 4);
         std::atomic<int64_t> next{0}, members{0}, prepared{0};
         run_team(static_cast<int>(threads), [&] {
-            const MatrixUnit unit;
+            const MatrixUnit<Math::kTiles> unit;
             Buffers buffers;
             buffers.lay_out(sizes_, memory.as<float>() + members.fetch_add(1) * size);
             for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < preparations + tasks;) {

@@ -43,7 +43,7 @@ class Split {
         std::atomic<int> members{0};
         std::atomic<int64_t> next{0};
         run_team(threads, [&] {
-            const MatrixUnit unit;
+            const MatrixUnit<Math::kTiles> unit;
             float* mine = blocks.as<float>() + members.fetch_add(1) * scratch;
             // The task after this one is taken early: its first keys are asked for during this one's last product.
             for (int64_t task = next.fetch_add(1), after; task < heads * chunks_; task = after) {

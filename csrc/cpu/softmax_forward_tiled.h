@@ -37,7 +37,7 @@ class Tiled {
         if (local) {
             std::atomic<int64_t> next{0};
             run_team(p_.threads, [&] {
-                const MatrixUnit unit;
+                const MatrixUnit<Math::kTiles> unit;
                 const int me = members.fetch_add(1);
                 float* mine = packed.as<float>() + me * size;
                 for (int64_t head; (head = next.fetch_add(1)) < heads;) {
@@ -58,7 +58,7 @@ class Tiled {
             std::atomic<int64_t> next{0};
             members = 0;
             run_team(p_.threads, [&] {
-                const MatrixUnit unit;
+                const MatrixUnit<Math::kTiles> unit;
                 const int me = members.fetch_add(1);
                 for (int64_t task; (task = next.fetch_add(1)) < count * head_tasks_;) {
                     // Matrix tiles use a head up faster than it comes from a third-level cache: it stays in the second.

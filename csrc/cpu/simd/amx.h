@@ -14,10 +14,12 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-// While one lives, its thread has tile registers; afterwards a context switch need not save them.
+// While one lives, its thread has tile registers, if it uses them; afterwards a context switch need not save them.
+template <bool kUsed>
 class MatrixUnit {
    public:
     MatrixUnit() {
+        if (!kUsed) return;
         struct alignas(64) Configuration {
             uint8_t palette, start_row, reserved[14];
             uint16_t bytes[16];
@@ -27,7 +29,9 @@ class MatrixUnit {
             1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
         __asm__ volatile("ldtilecfg %0" ::"m"(whole));
     }
-    ~MatrixUnit() { __asm__ volatile("tilerelease"); }
+    ~MatrixUnit() {
+        if (kUsed) __asm__ volatile("tilerelease");
+    }
     MatrixUnit(const MatrixUnit&) = delete;
     MatrixUnit& operator=(const MatrixUnit&) = delete;
 };

@@ -25,6 +25,7 @@ namespace fastattn {
 namespace FASTATTN_ISA {
 
 #if FASTATTN_RANK_OF(FASTATTN_ISA) < 4
+template <bool>
 struct MatrixUnit {
     MatrixUnit() {}  // a thread needs no preparation
 };
