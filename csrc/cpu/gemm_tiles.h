@@ -15,7 +15,7 @@ struct Parts {
     static constexpr bool kFastExp = P == 1;
     // W elements of a row of the dtype that P stands for
     static Vec load(const char* row, int64_t c) {
-        return P == 3 ? vload(reinterpret_cast<const float*>(row) + c)
+        return P == 3   ? vload(reinterpret_cast<const float*>(row) + c)
                : P == 2 ? load_fp16(reinterpret_cast<const uint16_t*>(row) + c)
                         : load_bf16(reinterpret_cast<const uint16_t*>(row) + c);
     }

@@ -17,14 +17,23 @@ FASTATTN_INLINE Vec pair_high_halves(Vec even, Vec odd) {
     return _mm512_castsi512_ps(_mm512_mask_blend_epi16(0xaaaaaaaau, low, _mm512_castps_si512(odd)));
 }
 
-// Parts of numbers that are infinite, NaN, or past the largest bf16: the first one is cut, what is not finite stays what it is.
+// The bf16 nearest to x, a tie away from zero; past the largest bf16, infinity.
+FASTATTN_INLINE Vec nearest_bf16(Vec x) {
+    return high_half(_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000))));
+}
+
+// Parts of a vector some of whose lanes are infinite, NaN, or past the largest bf16: their first part is cut, and what
+// is not finite has no other.
 template <int P>
 __attribute__((noinline, cold)) void split_special(Vec x, Vec out[P]) {
-    for (int part = 0; part < P; ++part) {
-        const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-        const __mmask16 finite = _mm512_cmp_ps_mask(vabs(x), vset(kInfinity), _CMP_NEQ_UQ);
-        out[part] = _mm512_mask_mov_ps(high_half(x), nan, vset(__builtin_nanf("")));
-        x = _mm512_maskz_sub_ps(finite, x, out[part]);
+    const __mmask16 special = _mm512_cmp_ps_mask(vabs(x), vset(3.38e38f), _CMP_NLT_UQ);
+    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    const __mmask16 finite = _mm512_cmp_ps_mask(vabs(x), vset(kInfinity), _CMP_LT_OQ);
+    out[0] = _mm512_mask_mov_ps(nearest_bf16(x), special, high_half(x));
+    out[0] = _mm512_mask_mov_ps(out[0], nan, vset(__builtin_nanf("")));
+    for (int part = 1; part < P; ++part) {
+        x = _mm512_maskz_sub_ps(finite, x, out[part - 1]);
+        out[part] = nearest_bf16(x);
     }
 }
 
@@ -34,7 +43,7 @@ template <int P>
 FASTATTN_INLINE void split_nearest(Vec x, Vec out[P]) {
     if (__builtin_expect(_mm512_cmp_ps_mask(vabs(x), vset(3.38e38f), _CMP_NLT_UQ), 0)) return split_special<P>(x, out);
     FASTATTN_UNROLL for (int part = 0; part < P; ++part) {
-        out[part] = high_half(_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000))));
+        out[part] = nearest_bf16(x);
         x = vsub(x, out[part]);
     }
 }

@@ -1,0 +1,108 @@
+"""Numbers that the kernels on matrix tiles take apart into bf16 parts, and blocks that share a second-level cache.
+
+Other instruction sets do neither; the same must hold there."""
+
+import pytest
+import torch
+from harness import FP16, FP32, FP64, need
+
+import fastattn
+from fastattn.testing import max_error, rms_ratio
+
+LARGEST = torch.finfo(FP32).max
+
+
+def qkv(*shape, dtype=FP32):
+    return [torch.randn(shape, dtype=FP64).to(dtype) for _ in range(3)]
+
+
+@pytest.fixture(autouse=True)
+def native():
+    need("native", fastattn.testing.make(fastattn.testing.Case(), FP32))
+
+
+@pytest.mark.parametrize("value", (LARGEST, -LARGEST, 3.3961776e38, 3.3895314e38))
+def test_values_past_the_largest_bf16(value):
+    """Rounded to bf16 they would be infinite."""
+    q, _, _ = qkv(1, 1, 40, 16)
+    v = torch.full((1, 1, 1, 16), value)
+    assert torch.equal(fastattn.attention(q, q[:, :, :1], v, backend="native"), v.expand(1, 1, 40, 16))
+    # As keys: equal logits, and so far apart from the other key's that it has no weight.
+    k, q, v = torch.zeros(1, 1, 3, 16), torch.ones(1, 1, 40, 16), torch.randn(1, 1, 3, 16)
+    k[..., 7] = torch.tensor([value, -value, value])
+    seen = v[:, :, ::2] if value > 0 else v[:, :, 1:2]
+    out = fastattn.attention(q, k, v, scale=1 / 64, backend="native")
+    assert max_error(out, seen.mean(2, keepdim=True).expand_as(out)) < 1e-6
+
+
+@pytest.mark.parametrize("value", (float("inf"), -float("inf"), float("nan")))
+@pytest.mark.parametrize("dtype", (FP32, FP16), ids=str)
+def test_values_that_are_not_finite(value, dtype):
+    """They reach their own column, and no other."""
+    q, k, v = qkv(1, 1, 50, 16, dtype=dtype)
+    clean = v.clone()
+    v[0, 0, 30, 5] = value
+    out, same = (fastattn.attention(q, k, x, backend="native") for x in (v, clean))
+    assert not out[..., 5].isfinite().any()
+    others = torch.arange(16) != 5
+    assert torch.equal(out[..., others], same[..., others])
+
+
+@pytest.mark.parametrize("power", (-126, -120, -100, -60, 60, 100, 120))
+def test_parts_of_any_exponent(power):
+    """Small parts may fall below the normal range: what is lost stays below the rounding of the whole."""
+    q, k, v = qkv(1, 2, 70, 32)
+    v *= 2.0**power
+    out = fastattn.attention(q, k, v, backend="native")
+    wide = fastattn.attention(q.double(), k.double(), v.double(), backend="reference")
+    # Below 2^-110 the parts of a value end at the smallest normal number.
+    limit = 6e-7 if power > -110 else 2.0**-126 / 2.0**power
+    assert rms_ratio(out, wide) < limit
+
+
+def test_every_bit_of_an_fp32_counts():
+    """One key, weight 1: the value comes back bit for bit, whatever its 24 bits are."""
+    q, k, v = qkv(1, 1, 33, 8)
+    v = torch.randint(1 << 23, 1 << 24, (1, 1, 1, 64)).float() * 2.0 ** torch.randint(-30, 30, (64,)).float()
+    assert torch.equal(fastattn.attention(q, k[:, :, :1], v, backend="native"), v.expand(1, 1, 33, 64))
+
+
+@pytest.mark.parametrize("dtype", (FP32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("masked", (False, True))
+def test_blocks_that_share_a_cache_change_no_bit(dtype, masked):
+    """A head over a megabyte: with few threads for its rows, four blocks of queries go through the keys together."""
+    q, k, v = qkv(1, 2, 1100, 128, dtype=dtype)
+    k, v = torch.cat([k, v], 2), torch.cat([v, k], 2)
+    mask = fastattn.masks.blocks(torch.rand(18, 35) < 0.3, 64) if masked else None
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 8):
+            torch.set_num_threads(count)
+            results.append(fastattn.attention(q, k, v, mask=mask, causal="top_left", backend="native"))
+            results.append(
+                fastattn.attention(q[:, :1], k[:, :1], v[:, :1], mask=mask, causal="top_left", backend="native")
+            )
+    finally:
+        torch.set_num_threads(threads)
+    for whole, half in zip(results[::2], results[1::2]):
+        assert torch.equal(whole, results[0]) and torch.equal(half, results[0][:, :1])
+
+
+@pytest.mark.parametrize("D, Dv", ((1, 1), (15, 33), (31, 17), (33, 1), (100, 72), (512, 8)))
+@pytest.mark.parametrize("dtype", (FP32, FP16, torch.bfloat16), ids=str)
+def test_odd_widths_with_gradients(D, Dv, dtype):
+    """Steps come in 16 pairs: what pads them is zero even where scratch memory held NaN."""
+    q, k, v = qkv(1, 2, 37, D, dtype=dtype)
+    v = torch.randn(1, 2, 37, Dv).to(dtype)
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    dout = torch.randn(1, 2, 37, Dv)
+    found = fastattn.attention(*leaves, causal=True, backend="native")
+    expected = fastattn.attention(*wide, causal=True, backend="reference")
+    limit = {FP32: 1e-6, FP16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    assert rms_ratio(found, expected) < limit
+    for a, b in zip(
+        torch.autograd.grad(found, leaves, dout.to(dtype)), torch.autograd.grad(expected, wide, dout.to(dtype).double())
+    ):
+        assert rms_ratio(a, b) < limit
