@@ -6,6 +6,10 @@
 #include "fastattn/parallel.h"
 #include "fastattn/plan_builder.h"
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 namespace fastattn {
 
 TilePlanView::TilePlanView(const TilePlan& plan)
@@ -29,6 +33,12 @@ uint64_t mask_word(const TensorView& mask, int64_t b, int64_t h, int64_t i, int6
     uint64_t word = 0;
     if (stride == 1) {
         int64_t j = 0;
+#ifdef __SSE2__
+        for (; j + 16 <= n; j += 16) {
+            const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + j0 + j));
+            word |= static_cast<uint64_t>(_mm_movemask_epi8(_mm_slli_epi16(bytes, 7))) << j;  // bools are 0 or 1
+        }
+#endif
         for (; j + 8 <= n; j += 8) {
             uint64_t bytes;
             std::memcpy(&bytes, row + j0 + j, 8);
@@ -92,13 +102,13 @@ static uint64_t finite_word(const TensorView& bias, int64_t b, int64_t h, int64_
 }
 
 // Keys of `tile` that a run of query tiles sees through plan and band.
-static uint64_t seen_by(const SoftmaxParams& p, const TileRun& run, int64_t tile) {
+static uint64_t seen_by(const SoftmaxParams& p, const uint64_t* words, const TileRun& run, int64_t tile) {
     const int64_t i0 = run.first * kTile, end = i0 + run.count * kTile, i1 = end < p.Lq() ? end : p.Lq();
     // Bands of neighbouring rows overlap: together they are one band.
     if (run.bits < 0) return p.lo > p.hi ? 0 : band_word(p.lo, p.hi + i1 - 1 - i0, p.Lk(), i0, tile);
     uint64_t found = 0;
     for (int64_t i = i0; i < i1; ++i) {
-        found |= band_word(p.lo, p.hi, p.Lk(), i, tile) & p.plan->words[run.bits * kTile + i - i0];
+        found |= band_word(p.lo, p.hi, p.Lk(), i, tile) & words[run.bits * kTile + i - i0];
     }
     return found;
 }
@@ -116,7 +126,7 @@ std::unique_ptr<uint64_t[]> seen_keys(const SoftmaxParams& p) {
             for (int64_t h = hk * group; h < (hk + 1) * group; ++h) {
                 const int32_t* start = p.plan->column_start + p.plan->slice(b, h) * words + tile;
                 for (int64_t run = start[0]; run < start[1] && found != all; ++run) {
-                    found |= seen_by(p, p.plan->columns[run], tile);
+                    found |= seen_by(p, p.plan->words, p.plan->columns[run], tile);
                 }
             }
             seen[task] = found;
@@ -137,6 +147,28 @@ std::unique_ptr<uint64_t[]> seen_keys(const SoftmaxParams& p) {
     return seen;
 }
 
+// The same of a mask without bias, by the rows of its plan.
+static std::unique_ptr<uint64_t[]> seen_by_rows(const SoftmaxParams& p, const TilePlanView& plan) {
+    const int64_t words = tile_count(p.Lk()), group = p.group();
+    std::unique_ptr<uint64_t[]> seen(new uint64_t[static_cast<size_t>(p.B() * p.Hk() * words)]());
+    parallel_for(p.threads, p.B() * p.Hk(), [&](int64_t task) {
+        const int64_t b = task / p.Hk(), first = task % p.Hk() * group;
+        uint64_t* found = seen.get() + task * words;
+        for (int64_t h = first; h < (plan.heads == 1 ? first + 1 : first + group); ++h) {
+            const int32_t* start = plan.row_start + plan.slice(b, h) * plan.q_tiles;
+            for (int64_t t = 0; t < plan.q_tiles; ++t) {
+                for (const TileRun* run = plan.rows + start[t]; run < plan.rows + start[t + 1]; ++run) {
+                    const TileRun rows{static_cast<int32_t>(t), 1, run->bits};
+                    for (int64_t tile = run->first; tile < run->first + run->count; ++tile) {
+                        if (~found[tile]) found[tile] |= seen_by(p, plan.words, rows, tile);
+                    }
+                }
+            }
+        }
+    });
+    return seen;
+}
+
 struct Sight::Owned {
     TilePlan plan;
     std::unique_ptr<uint64_t[]> seen;
@@ -149,7 +181,10 @@ Sight::Sight(const SoftmaxParams& p, int what) : words(tile_count(p.Lk())), owne
         owned_->plan = plan_from_mask(p.mask, p.Lq(), p.Lk(), p.threads);
         plan = TilePlanView(owned_->plan);
     }
-    if (what & kSeen) owned_->seen = seen_keys(p);
+    if (what & kSeen) {
+        const bool packed = p.mask && (what & kRows) && !p.bias;
+        owned_->seen = packed ? seen_by_rows(p, plan) : seen_keys(p);
+    }
     seen = owned_->seen.get();
     seen_range(p, &first, &last);
 }
