@@ -186,7 +186,7 @@ class Backward {
     void query_block(Buffers& x, const Queries& q, int64_t n) const {
         pack_queries(x, q, n);
         RowSums row_sums;
-        uint64_t used[kMaxPanels] = {};  // row groups of each panel that see anything
+        uint64_t used[kMaxPanels<Math>] = {};  // row groups of each panel that see anything
         for (int64_t panel = 0; panel < sizes_.panels;) {
             const int64_t tile = (n * sizes_.keys + panel * kPanel) / kTile;
             const int64_t end = panel + kTile / kPanel;
@@ -381,7 +381,7 @@ class Backward {
             const uint32_t set = panels_of(g);
             int end = g + 1;
             while (end < count && panels_of(end) == set) ++end;
-            Segment segments[kMaxPanels];
+            Segment segments[kMaxPanels<Math>];
             int segment_count = 0;
             for (int panel = 0; panel < sizes_.panels; ++panel) {
                 if (!(set >> panel & 1)) continue;

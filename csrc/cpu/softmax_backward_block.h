@@ -19,8 +19,11 @@ constexpr int kTall = Math::kTiles ? 32
 // Rows whose scores are made and used up while in the first-level cache.
 template <class Math>
 constexpr int kStrip = Math::kTiles ? 64 : 4 * kTall<Math>;
-constexpr int64_t kMaxKeys = 256;  // keys of a block at most
-constexpr int kMaxPanels = static_cast<int>(kMaxKeys) / kPanel;
+// Keys of a block at most. Processors with matrix tiles have twice the second-level cache of others.
+template <class Math>
+constexpr int64_t kMaxKeys = Math::kTiles ? 512 : 256;
+template <class Math>
+constexpr int kMaxPanels = static_cast<int>(kMaxKeys<Math>) / kPanel;
 
 // Sizes of a call in elements, units, and blocks. They depend on the shape alone: so do all sums.
 template <class Math>
@@ -57,7 +60,8 @@ struct BackwardSizes {
     // Packed keys and their sums stay in a second-level cache. Few keys in all make narrow blocks: work for every
     // thread.
     static int64_t block_keys(int64_t widest, int64_t heads, int64_t Lk) {
-        return least(widest > 64 || heads * Lk < 4096 ? 128 : kMaxKeys, round_up(Lk, 64));
+        const int64_t most_keys = heads * Lk < 4096 ? 128 : widest > 64 ? kMaxKeys<Math> / 2 : kMaxKeys<Math>;
+        return least(most_keys, round_up(Lk, 64));
     }
 };
 
