@@ -50,6 +50,19 @@ inline void with_loader(DType dtype, Body&& body) {
     }
 }
 
+// The same with a function (row address, column, W floats) that stores them as consecutive elements.
+template <class Body>
+inline void with_storer(DType dtype, Body&& body) {
+    switch (dtype) {
+        case DType::kBFloat16:
+            return body([](char* row, int64_t c, Vec a) { store_bf16(reinterpret_cast<uint16_t*>(row) + c, a); });
+        case DType::kFloat16:
+            return body([](char* row, int64_t c, Vec a) { store_fp16(reinterpret_cast<uint16_t*>(row) + c, a); });
+        default:
+            return body([](char* row, int64_t c, Vec a) { vstore(reinterpret_cast<float*>(row) + c, a); });
+    }
+}
+
 // Steps of a sum over `elements`: matrix tiles take 16 at once, the missing ones zero.
 template <class Math>
 inline int64_t steps_of(int64_t elements) {

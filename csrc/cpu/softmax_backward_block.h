@@ -314,7 +314,13 @@ inline void store_row(const TensorView& t, int64_t b, int64_t h, int64_t i, int6
                       float factor) {
     char* target = t.row(b, h, i);
     const Vec factors = vset(factor);
-    for (int64_t c = 0; c < cols; c += W) {
+    int64_t c = 0;
+    if (row && t.stride[3] == 1) {
+        with_storer(t.dtype, [&](auto store) {
+            for (; c + W <= cols; c += W) store(target, c, vmul(vload(row + c), factors));
+        });
+    }
+    for (; c < cols; c += W) {
         const Vec a = row ? vmul(vload(row + c), factors) : vzero();
         store_floats(target, t.dtype, c, t.stride[3], a, static_cast<int>(least<int64_t>(W, cols - c)));
     }

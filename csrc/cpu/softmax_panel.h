@@ -277,10 +277,17 @@ inline void finish_row(const Terms& terms, const Panel& x, int r, float top, flo
     const bool nothing = top == -kInfinity;
     const Vec inverse = vset(nothing ? 0.0f : 1.0f / total);
     char* target = p.out.row(x.b, x.head[r], x.i[r]);
-    for (int64_t c = 0; c < p.Dv(); c += W) {
+    int64_t c = 0;
+    if (p.out.stride[3] == 1) {
+        with_storer(p.out.dtype, [&](auto store) {
+            for (; c + W <= p.Dv(); c += W) store(target, c, vmul(vload(out + c), inverse));
+        });
+    }
+    for (; c < p.Dv(); c += W) {
         const int n = static_cast<int>(least<int64_t>(W, p.Dv() - c));
         store_floats(target, p.out.dtype, c, p.out.stride[3], vmul(vload(out + c), inverse), n);
     }
+    if (!p.lse && !p.lse_parts) return;
     const int64_t at = (x.b * p.Hq() + x.head[r]) * p.Lq() + x.i[r];
     const float log_total = nothing ? -kInfinity : logf(total);
     const float largest = nothing || terms.zero_logits ? 0.0f : terms.logits ? top : top * terms.scale;

@@ -55,7 +55,14 @@ inline __m256i bf16_bits(Vec a) {
     const __m512i kept = _mm512_mask_blend_epi32(nan, rounded, _mm512_set1_epi32(0x7fc00000));
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
 }
-inline void store_bf16(uint16_t* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bf16_bits(a)); }
+inline void store_bf16(uint16_t* p, Vec a) {
+#ifdef __AVX512BF16__
+    const __m256i bits = (__m256i)_mm512_cvtneps_pbh(a);  // makes subnormal numbers 0
+#else
+    const __m256i bits = bf16_bits(a);
+#endif
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
+}
 inline void store_fp16(uint16_t* p, Vec a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
 }
