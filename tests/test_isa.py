@@ -15,7 +15,7 @@ COMPACT = (
     "test_options_combined or test_every_option or test_head_dims or test_few_queries or test_bits_are or test_rows_that "
     "or test_first_tiles or test_native_takes or test_equal_logits or test_ties or test_backward_has "
     "or test_extra_with or test_softcap or test_huge_sinks "
-    "or test_every_lane or test_every_feature_map or test_gradients_under_a_fast"
+    "or test_odd_widths or test_values_ or test_scores_of_minus or test_every_lane or test_every_feature_map or test_gradients_under_a_fast"
 )
 FILES = (
     "test_softmax.py",
@@ -24,12 +24,16 @@ FILES = (
     "test_softmax_dropout.py",
     "test_softmax_extras.py",
     "test_linear_native.py",
+    "test_parts.py",
 )
 
 
-def _supported(isa):
+def _missing(isa):
+    """What this machine lacks for `isa`, or the build."""
     flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
-    return [flag for flag in ISA_FLAGS.get(isa, ()) if flag not in flags]
+    missing = [flag for flag in ISA_FLAGS.get(isa, ()) if flag not in flags]
+    usable = ISAS.index(isa) <= ISAS.index(fastattn._C.best_isa())
+    return missing or ([] if usable else [f"a build or kernel with {isa}"])
 
 
 def run(isa, *arguments):
@@ -52,9 +56,9 @@ def native():
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_forced_isa_is_used(isa):
-    missing = _supported(isa)
+    missing = _missing(isa)
     if missing:
-        pytest.skip(f"this CPU lacks {', '.join(missing)}")
+        pytest.skip(f"this machine lacks {', '.join(missing)}")
     done = run(isa, "-c", "import torch, fastattn; from fastattn import _C; print(_C.isa())")
     assert done.stdout.strip() == isa, done.stderr
 
@@ -67,9 +71,9 @@ def test_unknown_isa_is_refused():
 @pytest.mark.parametrize("isa", ISAS)
 def test_native_suite(isa):
     """The native half of the tests; the ISA this CPU picks by itself has had all of it already."""
-    missing = _supported(isa)
+    missing = _missing(isa)
     if missing:
-        pytest.skip(f"this CPU lacks {', '.join(missing)}")
+        pytest.skip(f"this machine lacks {', '.join(missing)}")
     if isa == fastattn._C.best_isa():
         pytest.skip(f"{isa} is the default here: the whole test session runs on it")
     done = run(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=short", *FILES, "-k", COMPACT)

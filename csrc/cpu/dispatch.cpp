@@ -8,7 +8,7 @@
 #include "fastattn/linear.h"
 #include "fastattn/softmax.h"
 
-#if defined(FASTATTN_WITH_AMX) && defined(__linux__)
+#ifdef FASTATTN_WITH_AMX  // on Linux
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -22,7 +22,7 @@ const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
 
 // Whether the CPU multiplies bf16 tiles and Linux lets this process use them: their registers must be asked for.
 static bool has_amx() {
-#if defined(FASTATTN_WITH_AMX) && defined(__linux__)
+#ifdef FASTATTN_WITH_AMX                                    // on Linux
     constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // of CPUID leaf 7, EDX
     constexpr long kRequestPermission = 0x1023, kTileData = 18;
     unsigned a, b, c, d;

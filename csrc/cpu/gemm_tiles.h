@@ -5,8 +5,8 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-// An element is the sum of P bf16 numbers: 1 for bf16, 2 hold an fp16, 3 an fp32. Of the products of parts those below
-// 2^-25 are left out; the smallest come first, since sums are short while they are added.
+// An element is the sum of P bf16 numbers: 1 for bf16, 2 hold an fp16, 3 an fp32. Of the products of parts those of
+// order 2^-25 and below are left out; the largest come last, since sums are short while the others are added.
 template <int P>
 struct Parts {
     static constexpr int kPair = 2;
@@ -93,13 +93,20 @@ inline void tile_block(int rows, const Rows& x, const Segment* segments, int cou
         return store_tiles<R, N>(c, ldc);
     }
     alignas(64) float sums[R * W][N * W];
-    tile_sums<Math, R, N, false>(x, segments, count, b, b_steps, c, ldc);
+    // A row's sums are made in the same order whether its block is whole or not.
+    constexpr bool kFromC = store == Store::kAdd && Math::kParts == 1;
+    for (int r = 0; kFromC && r < R * W; ++r) {
+        FASTATTN_UNROLL for (int n = 0; n < N; ++n) {
+            vstore(sums[r] + n * W, r < rows ? vload(c + r * ldc + n * W) : vzero());
+        }
+    }
+    tile_sums<Math, R, N, kFromC>(x, segments, count, b, b_steps, sums[0], N * W);
     store_tiles<R, N>(sums[0], N * W);
     for (int r = 0; r < rows; ++r) {
         FASTATTN_UNROLL for (int n = 0; n < N; ++n) {
             float* at = c + r * ldc + n * W;
             Vec sum = vload(sums[r] + n * W);
-            if (store == Store::kAdd) sum = vadd(vload(at), sum);
+            if (store == Store::kAdd && !kFromC) sum = vadd(vload(at), sum);
             if (store == Store::kRescale) sum = vfma(vload(at), vset(decay[r]), sum);
             vstore(at, sum);
         }

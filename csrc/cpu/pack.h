@@ -13,6 +13,7 @@ struct Source {
     int64_t row, col;
     const uint64_t* seen = nullptr;  // the word of rows 64 * seen_from and on comes first
     int64_t first = 0, last = kUnbounded, seen_from = 0;
+    std::atomic<bool>* large = nullptr;  // of split_nearest
 
     bool visible(int64_t r) const {
         return r >= first && r < last && (!seen || (seen[(r >> 6) - seen_from] >> (r & 63) & 1));
@@ -31,8 +32,10 @@ struct Source {
     Vec load(int64_t r, int64_t c, int n) const { return load_floats(at(r), dtype, c, col, n); }
 };
 
-inline Source source_of(const TensorView& t, int64_t b, int64_t h) {
-    return {t.row(b, h, 0), t.dtype, t.stride[2], t.stride[3]};
+inline Source source_of(const TensorView& t, int64_t b, int64_t h, std::atomic<bool>* large = nullptr) {
+    Source s{t.row(b, h, 0), t.dtype, t.stride[2], t.stride[3]};
+    s.large = large;
+    return s;
 }
 
 // Calls body with a function (row address, column) -> W consecutive elements as floats, chosen once for the dtype.
@@ -106,8 +109,8 @@ FASTATTN_INLINE void load_units(const Source& x, int64_t r, int64_t u, int64_t c
             out[0] = narrow_bf16(first, second);
         } else {
             Vec a[Math::kParts], b[Math::kParts];
-            split_nearest<Math::kParts>(first, a);
-            split_nearest<Math::kParts>(second, b);
+            split_nearest<Math::kParts>(first, x.large, a);
+            split_nearest<Math::kParts>(second, x.large, b);
             FASTATTN_UNROLL for (int part = 0; part < Math::kParts; ++part) {
                 out[part] = pair_high_halves(a[part], b[part]);  // partners as in store_neighbours
             }
@@ -203,19 +206,24 @@ inline void pack_transposed(const Source& x, int64_t r0, int64_t n, int64_t cols
                 }
             }
         }
-        for (; u < count; u += W) {
-            Vec block[Math::kParts][W];
-            for (int i = 0; i < W; ++i) {
-                const bool visible = half * W + i < n && x.visible(first + i);
-                Vec parts[Math::kParts];
-                if (visible) load_units<Math>(x, first + i, u, cols, parts);
-                FASTATTN_UNROLL for (int part = 0; part < Math::kParts; ++part) {
-                    block[part][i] = visible ? parts[part] : vzero();
-                }
+        if constexpr (Math::kParts == 1) {
+            for (; u < count; u += W) {
+                transpose_block(least<int64_t>(W, count - u), out + u * kPanel + half * W, [&](int i) {
+                    return half * W + i < n && x.visible(first + i) ? load_units<Math>(x, first + i, u, cols) : vzero();
+                });
             }
-            for (int part = 0; part < Math::kParts; ++part) {
-                transpose_block(least<int64_t>(W, count - u), out + (part * count + u) * kPanel + half * W,
-                                [&](int i) { return block[part][i]; });
+        } else {
+            for (; u < count; u += W) {
+                Vec block[W][Math::kParts];
+                for (int i = 0; i < W; ++i) {
+                    const bool visible = half * W + i < n && x.visible(first + i);
+                    for (int part = 0; part < Math::kParts; ++part) block[i][part] = vzero();
+                    if (visible) load_units<Math>(x, first + i, u, cols, block[i]);
+                }
+                for (int part = 0; part < Math::kParts; ++part) {
+                    transpose_block(W, out + (part * count + u) * kPanel + half * W,
+                                    [&](int i) { return block[i][part]; });
+                }
             }
         }
     }
@@ -239,8 +247,8 @@ FASTATTN_INLINE void load_row_pair(const Source& x, int64_t r, bool even, int64_
         out[0] = pair_bf16(first, second);
     } else {
         Vec a[Math::kParts], b[Math::kParts];
-        split_nearest<Math::kParts>(first, a);
-        split_nearest<Math::kParts>(second, b);
+        split_nearest<Math::kParts>(first, x.large, a);
+        split_nearest<Math::kParts>(second, x.large, b);
         FASTATTN_UNROLL for (int part = 0; part < Math::kParts; ++part) out[part] = pair_high_halves(a[part], b[part]);
     }
 }
@@ -271,8 +279,8 @@ inline void pack_columns(const Source& x, int64_t r0, int64_t n, int64_t cols, f
 #endif
 
 // B operand of a product summed over rows: rows [r0, r0 + n) as steps [at, at + steps_of(n)) of each part of panels
-// [panel][b_steps][kPanel] over round_up(cols, W) columns; missing rows and columns are zero. Of several parts, rows of
-// 32 are partners as in store_neighbours.
+// [panel][b_steps][kPanel] over round_up(cols, W) columns; missing rows and columns are zero. By matrix tiles n is a
+// multiple of 32; of several parts, rows of 32 are partners as in store_neighbours.
 template <class Math>
 inline void pack_summed(const Source& x, int64_t r0, int64_t n, int64_t cols, float* out, int64_t b_steps, int64_t at) {
     const int64_t vecs = ceil_div(cols, W), count = steps_of<Math>(n);
@@ -300,11 +308,11 @@ inline void pack_summed(const Source& x, int64_t r0, int64_t n, int64_t cols, fl
 #ifdef FASTATTN_HAS_BF16_DOT
         if constexpr (Math::kParts > 1) {
             for (int64_t s = 0; s < count; ++s) {
-                const int64_t i = s / W * 2 * W + s % W, partner = i + kPartner<Math>;
-                const bool even = i < n && x.visible(r0 + i), odd = partner < n && x.visible(r0 + partner);
+                const int64_t r = r0 + s / W * 2 * W + s % W, partner = r + kPartner<Math>;
+                const bool even = x.visible(r), odd = x.visible(partner);
                 for (int64_t c = 0; c < vecs; ++c) {
                     Vec parts[Math::kParts];
-                    load_row_pair<Math>(x, r0 + i, even, r0 + partner, odd, c * W, cols, parts);
+                    load_row_pair<Math>(x, r, even, partner, odd, c * W, cols, parts);
                     FASTATTN_UNROLL for (int part = 0; part < Math::kParts; ++part) {
                         vstore(target(s, c, part), parts[part]);
                     }
@@ -314,10 +322,6 @@ inline void pack_summed(const Source& x, int64_t r0, int64_t n, int64_t cols, fl
         }
         for (int64_t s = 0; s < count; ++s) {
             const int64_t r = r0 + 2 * s;
-            if (2 * s >= n) {
-                for (int64_t c = 0; c < vecs; ++c) vstore(target(s, c), vzero());
-                continue;
-            }
             const bool has_odd = 2 * s + 1 < n, even = x.visible(r), odd = has_odd && x.visible(r + 1);
             const char* row = x.at(r);
             int64_t c = 0;

@@ -1,5 +1,7 @@
 // Numbers as units of pairs of bf16, and as sums of several of them (Parts of gemm_tiles.h).
 #pragma once
+#include <atomic>
+
 #include "gemm.h"
 
 namespace fastattn {
@@ -17,38 +19,30 @@ FASTATTN_INLINE Vec pair_high_halves(Vec even, Vec odd) {
     return _mm512_castsi512_ps(_mm512_mask_blend_epi16(0xaaaaaaaau, low, _mm512_castps_si512(odd)));
 }
 
-// The bf16 nearest to x, a tie away from zero; past the largest bf16, infinity.
+// The bf16 nearest to x, a tie away from zero.
 FASTATTN_INLINE Vec nearest_bf16(Vec x) {
     return high_half(_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000))));
 }
 
-// Parts of a vector some of whose lanes are infinite, NaN, or past the largest bf16: their first part is cut, and what
-// is not finite has no other.
-template <int P>
-__attribute__((noinline, cold)) void split_special(Vec x, Vec out[P]) {
-    const __mmask16 special = _mm512_cmp_ps_mask(vabs(x), vset(3.38e38f), _CMP_NLT_UQ);
-    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    const __mmask16 finite = _mm512_cmp_ps_mask(vabs(x), vset(kInfinity), _CMP_LT_OQ);
-    out[0] = _mm512_mask_mov_ps(nearest_bf16(x), special, high_half(x));
-    out[0] = _mm512_mask_mov_ps(out[0], nan, vset(__builtin_nanf("")));
-    for (int part = 1; part < P; ++part) {
-        x = _mm512_maskz_sub_ps(finite, x, out[part - 1]);
-        out[part] = nearest_bf16(x);
-    }
-}
+// From here on products of parts may overflow where the whole sum does not, or be NaN where it is infinite: 2^60. Sets
+// `large` then, and what is made of the parts does not count.
+constexpr float kLargestOfParts = 1152921504606846976.0f;
 
 // x = out[0] + ... + out[P - 1], each the bf16 nearest to what is left, so that what products of parts leave out has no
 // sign.
 template <int P>
-FASTATTN_INLINE void split_nearest(Vec x, Vec out[P]) {
-    if (__builtin_expect(_mm512_cmp_ps_mask(vabs(x), vset(3.38e38f), _CMP_NLT_UQ), 0)) return split_special<P>(x, out);
+FASTATTN_INLINE void split_nearest(Vec x, std::atomic<bool>* large, Vec out[P]) {
+    if (__builtin_expect(_mm512_cmp_ps_mask(vabs(x), vset(kLargestOfParts), _CMP_NLT_UQ), 0)) {
+        large->store(true, std::memory_order_relaxed);
+    }
     FASTATTN_UNROLL for (int part = 0; part < P; ++part) {
         out[part] = nearest_bf16(x);
         x = vsub(x, out[part]);
     }
 }
 
-// The same by cutting, in half the instructions: for weights, whose partners in the products are nearest parts.
+// The same by cutting, in half the instructions: for weights, whose partners in the products are nearest parts. What
+// the last part loses is below 2^-16 of a weight with two parts, nothing with three.
 template <int P>
 FASTATTN_INLINE void split_down(Vec x, Vec out[P]) {
     FASTATTN_UNROLL for (int part = 0; part + 1 < P; ++part) {

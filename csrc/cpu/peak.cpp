@@ -47,8 +47,6 @@ Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 float first(Vec a) { return a[0]; }
 #endif
 
-constexpr int64_t kTileSteps = 8;  // a step of matrix tiles takes that much longer than one of vectors
-
 constexpr int lanes = sizeof(Vec) / sizeof(float);
 
 // Operands come from here and results go here, so that no loop is folded or dropped as unused.
@@ -66,6 +64,8 @@ void fma_burst(int64_t steps) {
 }
 
 #if defined(__AMX_BF16__)
+constexpr int64_t kTileSteps = 8;  // a step of matrix tiles takes that much longer than one of vectors
+
 void bf16_dot_burst(int64_t steps) {
     const MatrixUnit<true> unit;
     FASTATTN_TILE_ZERO(0);

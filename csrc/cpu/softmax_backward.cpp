@@ -40,7 +40,14 @@ class Backward {
           turn_(p.B() * p.Hq() * sizes_.q_blocks * 8),
           dq_(g.dq && !dq_in_place_ && sizes_.k_blocks > 1 ? p.B() * p.Hq() * rows_ * sizes_.ld_d * 4 : 0) {}
 
-    void run() {
+    // False where numbers are too large for their parts: then nothing it has written counts.
+    bool run() {
+        work();
+        return !large_;
+    }
+
+   private:
+    void work() {
         const int64_t batches = bias_.shares_batches() ? 1 : p_.B(), heads = bias_.shares_heads() ? 1 : p_.Hk();
         const int64_t owners = batches * heads, tasks = owners * sizes_.k_blocks;
         const int64_t preparations = p_.B() * p_.Hq() * sizes_.q_blocks;
@@ -76,7 +83,6 @@ class Backward {
         slopes_.finish();
     }
 
-   private:
     using Sizes = BackwardSizes<Math>;
     using Buffers = BackwardBuffers<Math>;
 
@@ -97,7 +103,7 @@ class Backward {
         return turn_.as<std::atomic<int64_t>>()[(x.b * p_.Hq() + x.h) * sizes_.q_blocks + x.m];
     }
     Source query_rows(const TensorView& t, const Queries& x) const {
-        Source s = source_of(t, x.b, x.h);
+        Source s = source_of(t, x.b, x.h, &large_);
         s.seen = live_.as<uint64_t>() + (x.b * p_.Hq() + x.h) * words_;
         s.last = p_.Lq();
         return s;
@@ -154,33 +160,36 @@ class Backward {
                 query_block(x, q, n);
             }
         }
-        if (g_.dk) store_keys(g_.dk, b, hk, j0, keys, x.dk, sizes_.ld_d, scale_);
-        if (g_.dv) store_keys(g_.dv, b, hk, j0, keys, x.dv, sizes_.ld_dv, 1.0f);
+        if (g_.dk) store_keys(g_.dk, b, hk, j0, keys, x.dk, scale_);
+        if (g_.dv) store_keys(g_.dv, b, hk, j0, keys, x.dv, 1.0f);
     }
 
-    void store_keys(const TensorView& t, int64_t b, int64_t hk, int64_t j0, int64_t keys, const float* sums, int64_t ld,
+    void store_keys(const TensorView& t, int64_t b, int64_t hk, int64_t j0, int64_t keys, const float* sums,
                     float factor) const {
         if constexpr (Math::kTiles) {
 #if FASTATTN_RANK_OF(FASTATTN_ISA) >= 4
             store_columns(t, b, hk, j0, keys, sums, sizes_.keys, factor);
 #endif
         } else {
-            store_rows(t, b, hk, j0, keys, sums, ld, factor);
+            store_rows(t, b, hk, j0, keys, sums, round_up(t.size[3], W), factor);
         }
     }
 
     void pack_keys(Buffers& x, int64_t b, int64_t hk, int64_t j0) const {
-        const Source k = sight_.keys(p_.k, b, hk), v = sight_.keys(p_.v, b, hk);
+        const Source k = sight_.keys(p_.k, b, hk, &large_), v = sight_.keys(p_.v, b, hk, &large_);
         for (int64_t panel = 0; panel < sizes_.panels; ++panel) {
             const int64_t j = j0 + panel * kPanel, n = most<int64_t>(0, least<int64_t>(kPanel, p_.Lk() - j));
             pack_transposed<Math>(k, j, n, p_.D(), x.k_columns + panel * kPanel * sizes_.d_units);
             if (needs_ds_) pack_transposed<Math>(v, j, n, p_.Dv(), x.v_columns + panel * kPanel * sizes_.dv_units);
         }
         if (g_.dq) pack_summed<Math>(k, j0, sizes_.keys, p_.D(), x.k_rows, sizes_.key_units, 0);
+        if (needs_ds_) return;
         // Without dP there is no dS; what is made of these zeros is not read.
-        if (!needs_ds_)
+        if constexpr (Math::kPair == 1) {
             memset(x.dscores_by_key, 0, sizeof(float) * static_cast<size_t>(Sizes::kQueries * sizes_.key_units));
-        if (Math::kPair == 2 && !needs_ds_) memset(x.dweights, 0, sizeof(float) * kStrip<Math> * kPanel);
+        } else {
+            memset(x.dweights, 0, sizeof(float) * kStrip<Math> * kPanel);
+        }
     }
 
     void query_block(Buffers& x, const Queries& q, int64_t n) const {
@@ -410,7 +419,14 @@ class Backward {
     const int judged_;            // rows whose visibility is judged together
     const bool dq_in_place_, needs_ds_, in_turn_;
     const Scratch top_, tail_, delta_, live_, turn_, dq_;
+    mutable std::atomic<bool> large_{false};
 };
+
+template <class Math>
+void backward(const SoftmaxParams& p, const SoftmaxGradients& g) {
+    if (Backward<Math>(p, g).run()) return;
+    if constexpr (Math::kParts > 1) Backward<Fp32>(p, g).run();
+}
 
 }  // namespace
 
@@ -421,14 +437,14 @@ void softmax_backward(const SoftmaxParams& p, const SoftmaxGradients& g) {
         return;
     }
 #if FASTATTN_RANK_OF(FASTATTN_ISA) >= 4
-    if (p.q.dtype == DType::kBFloat16) return Backward<Parts<1>>(p, g).run();
-    if (p.q.dtype == DType::kFloat16) return Backward<Parts<2>>(p, g).run();
-    Backward<Parts<3>>(p, g).run();
+    if (p.q.dtype == DType::kBFloat16) return backward<Parts<1>>(p, g);
+    if (p.q.dtype == DType::kFloat16) return backward<Parts<2>>(p, g);
+    backward<Parts<3>>(p, g);
 #else
 #ifdef FASTATTN_HAS_BF16_DOT
-    if (p.q.dtype == DType::kBFloat16) return Backward<Bf16>(p, g).run();
+    if (p.q.dtype == DType::kBFloat16) return backward<Bf16>(p, g);
 #endif
-    Backward<Fp32>(p, g).run();
+    backward<Fp32>(p, g);
 #endif
 }
 

@@ -177,8 +177,8 @@ class BackwardSight {
     }
 
     // Rows of k or v; keys nobody sees are read as zeros.
-    Source keys(const TensorView& t, int64_t b, int64_t hk) const {
-        Source s = source_of(t, b, hk);
+    Source keys(const TensorView& t, int64_t b, int64_t hk, std::atomic<bool>* large) const {
+        Source s = source_of(t, b, hk, large);
         s.first = sight_.first;
         s.last = least(sight_.last, p_.Lk());
         if (sight_.seen) s.seen = sight_.seen + (b * p_.Hk() + hk) * sight_.words;

@@ -7,13 +7,19 @@ namespace FASTATTN_ISA {
 namespace {
 
 template <class Long, class Few>
-void forward(const SoftmaxParams& p) {
+bool attend(const SoftmaxParams& p) {
     if (!is_decode(p.Lq(), p.group(), p.Lk())) return Tiled<Long>(p).run();
     // Backward makes the scores of these rows again, by the products of `Long`. Tiles are also worth packing bf16 for:
     // vectors multiply it no faster than fp32.
     const bool packs = Long::kTiles && Long::kParts == 1 && p.Lq() * p.group() > kDirectValueRows;
     if (p.lse_parts || packs) return Split<Long>(p).run();
-    Split<Few>(p).run();
+    return Split<Few>(p).run();
+}
+
+template <class Long, class Few>
+void forward(const SoftmaxParams& p) {
+    if (attend<Long, Few>(p)) return;
+    if constexpr (Long::kParts > 1) attend<Fp32, Fp32>(p);
 }
 
 }  // namespace

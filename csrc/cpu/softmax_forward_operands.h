@@ -26,8 +26,9 @@ struct Layout {
 };
 
 // Rows of k or v of one head; keys nobody sees are read as zeros.
-Source key_source(const SoftmaxParams& p, const Sight& sight, const TensorView& t, int64_t b, int64_t hk) {
-    Source s = source_of(t, b, hk);
+Source key_source(const SoftmaxParams& p, const Sight& sight, const TensorView& t, int64_t b, int64_t hk,
+                  std::atomic<bool>* large) {
+    Source s = source_of(t, b, hk, large);
     s.first = sight.first;
     s.last = sight.last;
     if (sight.seen) s.seen = sight.seen + (b * p.Hk() + hk) * sight.words;

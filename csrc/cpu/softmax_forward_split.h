@@ -34,7 +34,14 @@ class Split {
           grouped_(direct_keys_ && rows_ > kDirectValueRows && p.D() % Math::kPair == 0 && p.v.stride[3] == 1 &&
                    p.Dv() % kPanel == 0) {}
 
-    void run() {
+    // As of Tiled.
+    bool run() {
+        work();
+        return !large_;
+    }
+
+   private:
+    void work() {
         const int64_t heads = p_.B() * p_.Hk(), scratch = chunk_scratch();
         const double work = static_cast<double>(heads * rows_ * p_.Lk()) * static_cast<double>(p_.D() + p_.Dv());
         const int threads = work < kSerialWork ? 1 : p_.threads;
@@ -56,7 +63,6 @@ class Split {
                      [&](int64_t head) { merge(head, partials.as<float>() + head * chunks_ * partial); });
     }
 
-   private:
     // No more than is used: beyond 128 KiB an allocation costs page faults, longer than a small call takes.
     int64_t chunk_scratch() const {
         const int64_t keys = direct_keys_ ? 0 : kSlots * layout_.k_tile;
@@ -99,11 +105,13 @@ class Split {
             if (terms_.zero_logits) {
                 memset(rows, 0, sizeof(float) * static_cast<size_t>(p_.Lq() * layout_.ldq));
             } else {
-                pack_rows<Math>(source_of(p_.q, b, hk * p_.group() + g), 0, p_.Lq(), p_.D(), terms_.sign, rows);
+                pack_rows<Math>(source_of(p_.q, b, hk * p_.group() + g, &large_), 0, p_.Lq(), p_.D(), terms_.sign,
+                                rows);
             }
         }
         if (grouped_) pack_lanes(q, static_cast<int>(rows_), layout_.ldq, layout_.d_units, q_lanes);
-        Source key_rows = key_source(p_, sight_, p_.k, b, hk), value_rows = key_source(p_, sight_, p_.v, b, hk);
+        Source key_rows = key_source(p_, sight_, p_.k, b, hk, &large_),
+               value_rows = key_source(p_, sight_, p_.v, b, hk, &large_);
         const int64_t last = least((chunk + 1) * kChunkKeys, p_.Lk());
         uint64_t seen[kSlots];
         for (int64_t j0 = chunk * kChunkKeys; j0 < last; j0 += kGroupKeys) {
@@ -291,6 +299,7 @@ class Split {
     const Sight sight_;
     const int64_t rows_, chunks_;
     const bool direct_keys_, direct_values_, unpacked_values_, grouped_;  // memory can be read as operands
+    mutable std::atomic<bool> large_{false};
 };
 
 }  // namespace

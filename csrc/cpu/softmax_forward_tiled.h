@@ -27,7 +27,14 @@ class Tiled {
           stretch_(blocks_ == 1 ? layout_.tiles
                                 : most<int64_t>(kSlots, kStretchBytes * layout_.tiles / (layout_.head_size() * 4))) {}
 
-    void run() {
+    // False where numbers are too large for their parts: then nothing it has written counts.
+    bool run() {
+        work();
+        return !large_;
+    }
+
+   private:
+    void work() {
         const int64_t heads = p_.B() * p_.Hk(), size = layout_.head_size();
         const int64_t scratch = block_scratch();
         const bool local = heads >= 8 * p_.threads && size * 4 <= kLocalBytes;
@@ -71,7 +78,6 @@ class Tiled {
         }
     }
 
-   private:
     // Where a head leaves no room in a second-level cache, several blocks go through it together, stretch by stretch.
     // Which keys a block takes at once, and so its result, is the same.
     int blocks_of_task() const {
@@ -85,9 +91,9 @@ class Tiled {
 
     void pack(int64_t head, int64_t tile, float* out) const {
         const int64_t b = head / p_.Hk(), hk = head % p_.Hk();
-        pack_key_tile<Math>(p_, key_source(p_, sight_, p_.k, b, hk), tile, out + tile * layout_.k_tile);
-        pack_value_tile<Math>(p_, key_source(p_, sight_, p_.v, b, hk), tile, out + layout_.k_size, layout_.v_steps,
-                              tile * 64 / Math::kPair);
+        pack_key_tile<Math>(p_, key_source(p_, sight_, p_.k, b, hk, &large_), tile, out + tile * layout_.k_tile);
+        pack_value_tile<Math>(p_, key_source(p_, sight_, p_.v, b, hk, &large_), tile, out + layout_.k_size,
+                              layout_.v_steps, tile * 64 / Math::kPair);
     }
 
     // The n-th task of a head in the order of their work. Without a plan the last one is first: under a causal band it
@@ -144,7 +150,7 @@ class Tiled {
         if (terms_.zero_logits) {
             memset(q, 0, sizeof(float) * static_cast<size_t>((i1 - i0) * layout_.ldq));
         } else {
-            pack_rows<Math>(source_of(p_.q, b, h), i0, i1 - i0, p_.D(), terms_.sign, q);
+            pack_rows<Math>(source_of(p_.q, b, h, &large_), i0, i1 - i0, p_.D(), terms_.sign, q);
         }
         block.i0 = i0;
         block.i1 = i1;
@@ -224,6 +230,7 @@ class Tiled {
     const Sight sight_;
     const int blocks_;  // of 64 rows in a task
     const int64_t head_tasks_, stretch_;
+    mutable std::atomic<bool> large_{false};
 };
 
 }  // namespace
