@@ -16,7 +16,15 @@ ROOT = Path(__file__).resolve().parent.parent
 README, BENCHMARKING = ROOT / "README.md", ROOT / "docs" / "benchmarking.md"
 CHARTS = ROOT / "docs" / "charts"
 RESULTS = ROOT / "bench" / "results"
-SHOWN = {"cpu": "Speed, first table", "masks": "Speed, masks", "linear": "Speed, linear attention"}  # parts of README
+SPEED = ROOT / "docs" / "speed.md"
+SHOWN = {  # file: where its figures are
+    "cpu-amx": "README, Speed, AMX",
+    "cpu": "README, Speed, AVX-512",
+    "masks": "README, Speed, masks",
+    "linear": "README, Speed, linear attention",
+    "masks-amx": "docs/speed.md, masks",
+    "linear-amx": "docs/speed.md, linear attention",
+}
 
 
 def goal_text(goal: dict) -> str:
@@ -48,7 +56,7 @@ def figures(report: dict) -> str:
     env, peaks = report["environment"], report["peaks"]
     parts = [
         f"{env['cpu']['model']}, {env['threads']} threads, {env['cpu']['isa']}, torch {env['versions']['torch']}, "
-        f"{env['time'][:10]}. Peaks of the same run: {peaks['fp32']:.0f} GFLOP/s fp32 FMA, {peaks['bf16']:.0f} bf16 dot, "
+        f"{env['time'][:10]}. Peaks of the same run: {peaks['fp32']:.0f} GFLOP/s fp32 FMA, {peaks['bf16']:.0f} bf16 {'tiles' if env['cpu']['isa'] == 'amx' else 'dot'}, "
         f"{peaks['read']:.0f} GB/s read.",
         "",
         speed_table(report),
@@ -134,7 +142,7 @@ def replaced(text: str, name: str, content: str) -> str:
 
 def runs(reports: dict[str, dict]) -> str:
     """Where each committed file came from, and the command that makes it again."""
-    lines = ["| file | shown in README under | command | commit | machine | took |", "|" + "---|" * 6]
+    lines = ["| file | shown in | command | commit | machine | took |", "|" + "---|" * 6]
     for name, report in reports.items():
         env, git = report["environment"], report["environment"]["git"]
         commit = "not recorded" if git is None else git["commit"][:12] + " with local changes" * git["dirty"]
@@ -163,7 +171,8 @@ def drawn(reports: dict[str, dict]) -> dict[str, str]:
     linear = page.speed_chart(title, family, colours, alone=True)
     assert linear is not None
     found = {"linear": linear}
-    for name, what in (("cpu", "torch's own attention"), ("masks", "the same without a mask, or another's")):
+    whose = {"cpu-amx": "torch's own attention", "cpu": "torch's own attention", "masks": "the same without a mask, or another's"}
+    for name, what in whose.items():
         found[name] = charts.ratios(
             f"fastattn: times as fast as {what}", page.bars(reports[name]["results"]), alone=True
         )
@@ -175,10 +184,13 @@ def generated() -> dict[Path, str]:
     reports = {name: schema.load(RESULTS / f"{name}.json") for name in SHOWN}
     text = replaced(README.read_text(), "support", matrix("softmax"))
     text = replaced(text, "linear support", matrix("linear"))
+    text = replaced(text, "speed on amx", figures(reports["cpu-amx"]))
     text = replaced(text, "speed", figures(reports["cpu"]))
     text = replaced(text, "linear", linear_figures(reports["linear"]))
     text = replaced(text, "masks", mask_figures(reports["masks"]))
-    pages = {README: text, BENCHMARKING: replaced(BENCHMARKING.read_text(), "runs", runs(reports))}
+    speed = replaced(SPEED.read_text(), "masks", mask_figures(reports["masks-amx"]))
+    speed = replaced(speed, "linear", linear_figures(reports["linear-amx"]))
+    pages = {README: text, SPEED: speed, BENCHMARKING: replaced(BENCHMARKING.read_text(), "runs", runs(reports))}
     return pages | {CHARTS / f"{name}.svg": image + "\n" for name, image in drawn(reports).items()}
 
 
