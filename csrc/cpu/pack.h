@@ -200,7 +200,7 @@ inline void pack_transposed(const Source& x, int64_t r0, int64_t n, int64_t cols
             } else if constexpr (Math::kParts == 1) {
                 for (; 2 * (u + W) <= cols; u += W) {
                     transpose_block(W, out + u * kPanel + half * W, [&](int i) {
-                        __builtin_prefetch(rows + (i + kPanel) * step + 4 * u, 0, 2);
+                        __builtin_prefetch(rows + (i + 2 * kPanel) * step + 4 * u, 0, 2);
                         return vload(rows + i * step + 4 * u);
                     });
                 }
@@ -327,6 +327,7 @@ inline void pack_summed(const Source& x, int64_t r0, int64_t n, int64_t cols, fl
             int64_t c = 0;
             for (; c + 2 <= direct && has_odd; c += 2) {
                 Vec pairs[2];
+                for (const char* ahead : {row, row + step}) __builtin_prefetch(ahead + 64 * step + c * W * 2, 0, 2);
                 interleave_rows(row + c * W * 2, row + step + c * W * 2, pairs);
                 vstore(target(s, c), pairs[0]);
                 vstore(target(s, c + 1), pairs[1]);
