@@ -171,7 +171,11 @@ def drawn(reports: dict[str, dict]) -> dict[str, str]:
     linear = page.speed_chart(title, family, colours, alone=True)
     assert linear is not None
     found = {"linear": linear}
-    whose = {"cpu-amx": "torch's own attention", "cpu": "torch's own attention", "masks": "the same without a mask, or another's"}
+    whose = {
+        "cpu-amx": "torch's own attention",
+        "cpu": "torch's own attention",
+        "masks": "the same without a mask, or another's",
+    }
     for name, what in whose.items():
         found[name] = charts.ratios(
             f"fastattn: times as fast as {what}", page.bars(reports[name]["results"]), alone=True

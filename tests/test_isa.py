@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastattn
 from fastattn.info import ISA_FLAGS
@@ -61,6 +62,14 @@ def test_forced_isa_is_used(isa):
         pytest.skip(f"this machine lacks {', '.join(missing)}")
     done = run(isa, "-c", "import torch, fastattn; from fastattn import _C; print(_C.isa())")
     assert done.stdout.strip() == isa, done.stderr
+
+
+def test_explain_names_the_isa_that_runs():
+    """Kernels without matrix tiles run on amx as compiled for avx512_bf16."""
+    q = torch.randn(1, 1, 20, 16)
+    isa = fastattn._C.isa()
+    assert f" {isa} " in str(fastattn.explain(q, q, q))
+    assert f" {'avx512_bf16' if isa == 'amx' else isa} " in str(fastattn.explain_linear(q, q, q))
 
 
 def test_unknown_isa_is_refused():

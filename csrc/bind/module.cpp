@@ -22,6 +22,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.doc() = "Native kernels of fastattn: no torch inside, tensors are read through their Python methods.";
     m.attr("version") = FASTATTN_VERSION;
     m.def("isa", [] { return fastattn::isa_name(fastattn::current_isa()); }, "instruction set in use");
+    m.def(
+        "vector_isa", [] { return fastattn::isa_name(fastattn::vector_isa()); }, "the same for kernels without tiles");
     m.def("best_isa", [] { return fastattn::isa_name(fastattn::best_isa()); }, "best instruction set of this machine");
     m.def("poison_scratch", &fastattn::poison_scratch, "for tests: new scratch memory holds NaN");
     fastattn::register_cuda(m);
