@@ -211,14 +211,17 @@ class Tiled {
         x.count = 0;
         for (int slot = 0; slot < n; ++slot) {
             const int64_t j0 = tiles[slot] * 64;
-            if (bits[slot] < 0 && j0 >= i1 + p_.lo && j0 + 63 <= i0 + p_.hi && j0 + 64 <= p_.Lk()) {
+            const bool in_band = j0 >= i1 + p_.lo && j0 + 63 <= i0 + p_.hi && j0 + 64 <= p_.Lk();
+            if (bits[slot] < 0 && in_band) {
                 x.add_full(tiles[slot]);
                 continue;
             }
-            const uint64_t* words = bits[slot] < 0 ? nullptr : sight_.plan.words + bits[slot] * kTile;
-            for (int r = 0; r < x.rows; ++r) {
-                const uint64_t band = band_word(p_.lo, p_.hi, p_.Lk(), x.i[r], tiles[slot]);
-                x.tiles[x.count].bits[r] = words ? band & words[x.i[r] % 64] : band;
+            uint64_t* seen = x.tiles[x.count].bits;
+            for (int r = 0; r < x.rows && !in_band; ++r) seen[r] = band_word(p_.lo, p_.hi, p_.Lk(), x.i[r], tiles[slot]);
+            if (bits[slot] >= 0) {
+                // The rows of a panel are neighbours in one tile of the plan.
+                const uint64_t* words = sight_.plan.words + bits[slot] * kTile + i0 % 64;
+                for (int r = 0; r < x.rows; ++r) seen[r] = in_band ? words[r] : seen[r] & words[r];
             }
             x.add(tiles[slot]);
         }
