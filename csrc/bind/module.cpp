@@ -23,7 +23,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.attr("version") = FASTATTN_VERSION;
     m.def("isa", [] { return fastattn::isa_name(fastattn::current_isa()); }, "instruction set in use");
     m.def(
-        "vector_isa", [] { return fastattn::isa_name(fastattn::vector_isa()); }, "the same for kernels without tiles");
+        "common_isa", [] { return fastattn::isa_name(fastattn::common_isa()); },
+        "that of kernels without bf16 products");
     m.def("best_isa", [] { return fastattn::isa_name(fastattn::best_isa()); }, "best instruction set of this machine");
     m.def("poison_scratch", &fastattn::poison_scratch, "for tests: new scratch memory holds NaN");
     fastattn::register_cuda(m);

@@ -19,7 +19,7 @@ Peaks peaks() {
     case Isa::isa:              \
         return {isa::fma_peak, isa::bf16_dot_peak, isa::read_bandwidth};
     switch (current_isa()) {
-        FASTATTN_FOR_EACH_TILE_ISA(FASTATTN_CASE_PEAK)
+        FASTATTN_FOR_EACH_BF16_ISA(FASTATTN_CASE_PEAK)
         default:
             return {scalar::fma_peak, scalar::bf16_dot_peak, scalar::read_bandwidth};
     }

@@ -66,7 +66,7 @@ Isa current_isa() {
     return isa;
 }
 
-Isa vector_isa() { return current_isa() < Isa::amx ? current_isa() : Isa::avx512_bf16; }
+Isa common_isa() { return current_isa() < Isa::avx512_bf16 ? current_isa() : Isa::avx512; }
 
 #define FASTATTN_CASE_FORWARD(isa) \
     case Isa::isa:                 \
@@ -78,7 +78,7 @@ Isa vector_isa() { return current_isa() < Isa::amx ? current_isa() : Isa::avx512
 void softmax_forward(const SoftmaxParams& p) {
     if (p.B() == 0 || p.Hq() == 0 || p.Lq() == 0) return;
     switch (current_isa()) {
-        FASTATTN_FOR_EACH_TILE_ISA(FASTATTN_CASE_FORWARD)
+        FASTATTN_FOR_EACH_BF16_ISA(FASTATTN_CASE_FORWARD)
         default:
             return;
     }
@@ -86,7 +86,7 @@ void softmax_forward(const SoftmaxParams& p) {
 
 void softmax_backward(const SoftmaxParams& p, const SoftmaxGradients& g) {
     switch (current_isa()) {
-        FASTATTN_FOR_EACH_TILE_ISA(FASTATTN_CASE_BACKWARD)
+        FASTATTN_FOR_EACH_BF16_ISA(FASTATTN_CASE_BACKWARD)
         default:
             return;
     }
@@ -104,7 +104,7 @@ void softmax_backward(const SoftmaxParams& p, const SoftmaxGradients& g) {
 
 void linear_forward(const LinearParams& p) {
     if (p.sequences == 0 || p.H() == 0) return;
-    switch (vector_isa()) {
+    switch (common_isa()) {
         FASTATTN_FOR_EACH_ISA(FASTATTN_CASE_LINEAR_FORWARD)
         default:
             return;
@@ -113,7 +113,7 @@ void linear_forward(const LinearParams& p) {
 
 void linear_backward(const LinearParams& p, const LinearGradients& g) {
     if (p.sequences == 0 || p.H() == 0) return;
-    switch (vector_isa()) {
+    switch (common_isa()) {
         FASTATTN_FOR_EACH_ISA(FASTATTN_CASE_LINEAR_BACKWARD)
         default:
             return;
@@ -122,7 +122,7 @@ void linear_backward(const LinearParams& p, const LinearGradients& g) {
 
 void linear_step(const LinearParams& p) {
     if (p.sequences == 0 || p.H() == 0) return;
-    switch (vector_isa()) {
+    switch (common_isa()) {
         FASTATTN_FOR_EACH_ISA(FASTATTN_CASE_LINEAR_STEP)
         default:
             return;

@@ -422,12 +422,6 @@ class Backward {
     mutable std::atomic<bool> large_{false};
 };
 
-template <class Math>
-void backward(const SoftmaxParams& p, const SoftmaxGradients& g) {
-    if (Backward<Math>(p, g).run()) return;
-    if constexpr (Math::kParts > 1) Backward<Fp32>(p, g).run();
-}
-
 }  // namespace
 
 void softmax_backward(const SoftmaxParams& p, const SoftmaxGradients& g) {
@@ -437,14 +431,15 @@ void softmax_backward(const SoftmaxParams& p, const SoftmaxGradients& g) {
         return;
     }
 #if FASTATTN_RANK_OF(FASTATTN_ISA) >= 4
-    if (p.q.dtype == DType::kBFloat16) return backward<Parts<1>>(p, g);
-    if (p.q.dtype == DType::kFloat16) return backward<Parts<2>>(p, g);
-    backward<Parts<3>>(p, g);
+    const bool done = p.q.dtype == DType::kBFloat16  ? Backward<Parts<1>>(p, g).run()
+                      : p.q.dtype == DType::kFloat16 ? Backward<Parts<2>>(p, g).run()
+                                                     : Backward<Parts<3>>(p, g).run();
+    if (!done) avx512_bf16::softmax_backward(p, g);
+#elif FASTATTN_RANK_OF(FASTATTN_ISA) == 3
+    if (p.q.dtype != DType::kBFloat16) return avx512::softmax_backward(p, g);
+    Backward<Bf16>(p, g).run();
 #else
-#ifdef FASTATTN_HAS_BF16_DOT
-    if (p.q.dtype == DType::kBFloat16) return backward<Bf16>(p, g);
-#endif
-    backward<Fp32>(p, g);
+    Backward<Fp32>(p, g).run();
 #endif
 }
 

@@ -6,34 +6,42 @@ namespace fastattn {
 namespace FASTATTN_ISA {
 namespace {
 
-template <class Long, class Few>
-bool attend(const SoftmaxParams& p) {
-    if (!is_decode(p.Lq(), p.group(), p.Lk())) return Tiled<Long>(p).run();
-    // Backward makes the scores of these rows again, by the products of `Long`. Tiles are also worth packing bf16 for:
-    // vectors multiply it no faster than fp32.
-    const bool packs = Long::kTiles && Long::kParts == 1 && p.Lq() * p.group() > kDirectValueRows;
-    if (p.lse_parts || packs) return Split<Long>(p).run();
-    return Split<Few>(p).run();
+// False where numbers are too large for their parts.
+template <class Math>
+bool forward(const SoftmaxParams& p) {
+    return is_decode(p.Lq(), p.group(), p.Lk()) ? Split<Math>(p).run() : Tiled<Math>(p).run();
 }
 
-template <class Long, class Few>
-void forward(const SoftmaxParams& p) {
-    if (attend<Long, Few>(p)) return;
-    if constexpr (Long::kParts > 1) attend<Fp32, Fp32>(p);
+#if FASTATTN_RANK_OF(FASTATTN_ISA) >= 4
+// Rows of a decoding call for which tiles are worth packing keys. They multiply bf16 so much faster than vectors that
+// few do; and backward, if it follows, makes the scores again by tiles.
+bool tiles_pay(const SoftmaxParams& p) {
+    const bool few = is_decode(p.Lq(), p.group(), p.Lk());
+    return !few || p.lse_parts || (p.q.dtype == DType::kBFloat16 && p.Lq() * p.group() > kDirectValueRows);
 }
+
+bool forward_by_tiles(const SoftmaxParams& p) {
+    switch (p.q.dtype) {
+        case DType::kBFloat16:
+            return forward<Parts<1>>(p);
+        case DType::kFloat16:
+            return forward<Parts<2>>(p);
+        default:
+            return forward<Parts<3>>(p);
+    }
+}
+#endif
 
 }  // namespace
 
 void softmax_forward(const SoftmaxParams& p) {
 #if FASTATTN_RANK_OF(FASTATTN_ISA) >= 4
-    if (p.q.dtype == DType::kBFloat16) return forward<Parts<1>, Bf16>(p);
-    if (p.q.dtype == DType::kFloat16) return forward<Parts<2>, Fp32>(p);
-    return forward<Parts<3>, Fp32>(p);
+    if (!tiles_pay(p) || !forward_by_tiles(p)) avx512_bf16::softmax_forward(p);
+#elif FASTATTN_RANK_OF(FASTATTN_ISA) == 3
+    if (p.q.dtype != DType::kBFloat16) return avx512::softmax_forward(p);
+    forward<Bf16>(p);
 #else
-#ifdef FASTATTN_HAS_BF16_DOT
-    if (p.q.dtype == DType::kBFloat16) return forward<Bf16, Bf16>(p);
-#endif
-    forward<Fp32, Fp32>(p);
+    forward<Fp32>(p);
 #endif
 }
 

@@ -217,7 +217,8 @@ class Tiled {
                 continue;
             }
             uint64_t* seen = x.tiles[x.count].bits;
-            for (int r = 0; r < x.rows && !in_band; ++r) seen[r] = band_word(p_.lo, p_.hi, p_.Lk(), x.i[r], tiles[slot]);
+            for (int r = 0; r < x.rows && !in_band; ++r)
+                seen[r] = band_word(p_.lo, p_.hi, p_.Lk(), x.i[r], tiles[slot]);
             if (bits[slot] >= 0) {
                 // The rows of a panel are neighbours in one tile of the plan.
                 const uint64_t* words = sight_.plan.words + bits[slot] * kTile + i0 % 64;

@@ -84,7 +84,7 @@ def describe(call: Call) -> str:
     if isinstance(call, LinearCall):
         scan = "scan by groups of 4 tokens" if call.x.beta is not None else "scan by blocks of 16 tokens"
         kind = "one step in place" if call.step else scan if call.params.causal else "two passes"
-        isa = _C.vector_isa()
+        isa = _C.common_isa()
     else:
         q, k = call.x.q, call.x.k
         few_rows = _C.is_decode(q.shape[2], q.shape[1] // max(k.shape[1], 1), k.shape[2])

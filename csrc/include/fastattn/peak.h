@@ -15,7 +15,7 @@ namespace fastattn {
     double bf16_dot_peak(int threads, double seconds); \
     double read_bandwidth(int threads, size_t bytes);  \
     }
-FASTATTN_FOR_EACH_TILE_ISA(FASTATTN_DECLARE_PEAK)
+FASTATTN_FOR_EACH_BF16_ISA(FASTATTN_DECLARE_PEAK)
 #undef FASTATTN_DECLARE_PEAK
 
 }  // namespace fastattn

@@ -16,7 +16,7 @@ FASTATTN_INLINE bool is_decode(int64_t Lq, int64_t group, int64_t Lk) {
     void softmax_forward(const SoftmaxParams& p);                             \
     void softmax_backward(const SoftmaxParams& p, const SoftmaxGradients& g); \
     }
-FASTATTN_FOR_EACH_TILE_ISA(FASTATTN_DECLARE_SOFTMAX)
+FASTATTN_FOR_EACH_BF16_ISA(FASTATTN_DECLARE_SOFTMAX)
 #undef FASTATTN_DECLARE_SOFTMAX
 
 void softmax_forward(const SoftmaxParams& p);
