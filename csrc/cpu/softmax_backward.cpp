@@ -5,6 +5,7 @@
 #include "fastattn/parallel.h"
 #include "fastattn/softmax.h"
 #include "softmax_backward_bias.h"
+#include "softmax_backward_operands.h"
 #include "softmax_backward_slopes.h"
 
 namespace fastattn {
@@ -155,41 +156,16 @@ class Backward {
                 const Queries q = queries(b, h, m);
                 bias_.open(b, h, q.i0, q.rows, j0, keys);
                 if (sight_.next(b, h, m, n) != n) continue;
-                if (!packed) pack_keys(x, b, hk, j0);
+                if (!packed) {
+                    pack_keys(x, sizes_, sight_.keys(p_.k, b, hk, &large_), sight_.keys(p_.v, b, hk, &large_), j0,
+                              p_.Lk(), needs_ds_, bool(g_.dq));
+                }
                 packed = true;
                 query_block(x, q, n);
             }
         }
-        if (g_.dk) store_keys(g_.dk, b, hk, j0, keys, x.dk, scale_);
-        if (g_.dv) store_keys(g_.dv, b, hk, j0, keys, x.dv, 1.0f);
-    }
-
-    void store_keys(const TensorView& t, int64_t b, int64_t hk, int64_t j0, int64_t keys, const float* sums,
-                    float factor) const {
-        if constexpr (Math::kTiles) {
-#if FASTATTN_RANK_OF(FASTATTN_ISA) >= 4
-            store_columns(t, b, hk, j0, keys, sums, sizes_.keys, factor);
-#endif
-        } else {
-            store_rows(t, b, hk, j0, keys, sums, round_up(t.size[3], W), factor);
-        }
-    }
-
-    void pack_keys(Buffers& x, int64_t b, int64_t hk, int64_t j0) const {
-        const Source k = sight_.keys(p_.k, b, hk, &large_), v = sight_.keys(p_.v, b, hk, &large_);
-        for (int64_t panel = 0; panel < sizes_.panels; ++panel) {
-            const int64_t j = j0 + panel * kPanel, n = most<int64_t>(0, least<int64_t>(kPanel, p_.Lk() - j));
-            pack_transposed<Math>(k, j, n, p_.D(), x.k_columns + panel * kPanel * sizes_.d_units);
-            if (needs_ds_) pack_transposed<Math>(v, j, n, p_.Dv(), x.v_columns + panel * kPanel * sizes_.dv_units);
-        }
-        if (g_.dq) pack_summed<Math>(k, j0, sizes_.keys, p_.D(), x.k_rows, sizes_.key_units, 0);
-        if (needs_ds_) return;
-        // Without dP there is no dS; what is made of these zeros is not read.
-        if constexpr (Math::kPair == 1) {
-            memset(x.dscores_by_key, 0, sizeof(float) * static_cast<size_t>(Sizes::kQueries * sizes_.key_units));
-        } else {
-            memset(x.dweights, 0, sizeof(float) * kStrip<Math> * kPanel);
-        }
+        if (g_.dk) store_keys<Math>(g_.dk, b, hk, j0, keys, x.dk, sizes_.keys, scale_);
+        if (g_.dv) store_keys<Math>(g_.dv, b, hk, j0, keys, x.dv, sizes_.keys, 1.0f);
     }
 
     void query_block(Buffers& x, const Queries& q, int64_t n) const {
@@ -225,19 +201,8 @@ class Backward {
             r1 = (r1 - 1) / kTile * kTile;
         r0 -= r0 % judged_;
         r1 = static_cast<int>(least<int64_t>(padded(q.rows), round_up(r1, judged_)));
-        const Source rows = query_rows(p_.q, q), drows = query_rows(g_.dout, q);
-        const int64_t i0 = q.i0 + r0, count = r1 - r0, at = r0 / Math::kPair;
-        pack_rows<Math>(rows, i0, count, p_.D(), 1.0f, x.q + r0 * sizes_.ld_q);
-        if (needs_ds_) pack_rows<Math>(drows, i0, count, p_.Dv(), 1.0f, x.o + r0 * sizes_.ld_o);
-        if constexpr (Math::kTiles) {
-#if FASTATTN_RANK_OF(FASTATTN_ISA) >= 4
-            if (g_.dk) pack_columns<Math>(rows, i0, count, p_.D(), x.q_summed, Sizes::kSteps, at);
-            if (g_.dv) pack_columns<Math>(drows, i0, count, p_.Dv(), x.o_summed, Sizes::kSteps, at);
-#endif
-        } else {
-            if (g_.dk) pack_summed<Math>(rows, i0, count, p_.D(), x.q_summed, Sizes::kSteps, at);
-            if (g_.dv) pack_summed<Math>(drows, i0, count, p_.Dv(), x.o_summed, Sizes::kSteps, at);
-        }
+        pack_query_rows(x, sizes_, query_rows(p_.q, q), query_rows(g_.dout, q), q.i0, r0, r1, needs_ds_, bool(g_.dk),
+                        bool(g_.dv));
     }
 
     // Rows that whole steps of a sum over queries take; those past the last query have weight 0.
@@ -279,23 +244,10 @@ class Backward {
             runs[count++] = {at, at, ceil_div(padded(r1), Math::kPair) - at};
         }
         const int64_t key = panel * kPanel;
+        const int keys = static_cast<int>(least<int64_t>(kPanel, p_.Lk() - n * sizes_.keys - key));
         const float* dscores = Math::kPair == 1 ? x.dscores_by_key + panel * Sizes::kQueries * kPanel : x.dscores;
-        if (g_.dv) add_keys(runs, count, x.weights, x.o_summed, sizes_.dv_vecs, n, key, x.dv);
-        if (g_.dk) add_keys(runs, count, dscores, x.q_summed, sizes_.d_vecs, n, key, x.dk);
-    }
-
-    // sums += weights^T summed for one panel of keys, or its transpose: then `weights` are the operand of panels.
-    void add_keys(const Segment* runs, int count, const float* weights, const float* summed, int64_t vecs, int64_t n,
-                  int64_t key, float* sums) const {
-        if constexpr (Math::kTiles) {
-            gemm<Math, Store::kAdd>(static_cast<int>(vecs * W), 2,
-                                    {summed, Sizes::kSteps, 1, Sizes::kSteps / Math::kParts}, runs, count, weights,
-                                    Sizes::kSteps, sums + key, sizes_.keys);
-        } else {
-            const int keys = static_cast<int>(least<int64_t>(kPanel, p_.Lk() - n * sizes_.keys - key));
-            gemm<Math, Store::kAdd, kTall<Math>>(keys, static_cast<int>(vecs), {weights, 1, kPanel}, runs, count,
-                                                 summed, Sizes::kSteps, sums + key * vecs * W, vecs * W);
-        }
+        if (g_.dv) add_keys<Math>(runs, count, x.weights, x.o_summed, sizes_.dv_vecs, keys, key, sizes_.keys, x.dv);
+        if (g_.dk) add_keys<Math>(runs, count, dscores, x.q_summed, sizes_.d_vecs, keys, key, sizes_.keys, x.dk);
     }
 
     // P and dS of rows [r0, r0 + rows) of the block and one panel of keys.
