@@ -226,6 +226,7 @@ class SourceDistribution(sdist):
 
         path = f"{base_name}.tar.gz"
         folder = Path(root_dir or ".", base_dir)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "wb") as file, gzip.GzipFile("", "wb", mtime=date, fileobj=file) as packed:
             with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive:
                 for entry in sorted([folder, *folder.rglob("*")]):

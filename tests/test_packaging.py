@@ -22,6 +22,8 @@ BIN = os.path.dirname(sys.executable)
 NOT_SOURCE = shutil.ignore_patterns(
     ".git", ".venv", "build", "dist", "*.egg-info", "*.so", "_build_info.json", "__pycache__", ".*_cache", ".hypothesis"
 )
+CONFIGURATIONS = ("pyproject.toml", ".ci/cuda-wheels.toml")
+CIBUILDWHEEL = ".ci/cibuildwheel-requirements.txt"
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
 
 
@@ -124,10 +126,26 @@ def test_release_builds_pin_their_tools_by_hash():
     assert set(pinned) == {re.match(r"[\w-]+", name.strip(' "')).group() for name in wanted.split(",")}
     used = dict(re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / ".ci" / "requirements.txt").read_text(), re.MULTILINE))
     assert all(used[name] == version for name, version in pinned.items())
+    assert f"cibuildwheel=={used['cibuildwheel']} --hash=" in (ROOT / CIBUILDWHEEL).read_text()
+
+
+def test_release_builds_install_nothing_without_a_hash():
+    """In pip's --require-hashes mode, which one hash switches on, a name without one is an error."""
+    files = [ROOT / name for name in (".github/workflows/release.yml", ".ci/cuda-library", *CONFIGURATIONS)]
+    installed = [line for path in files for line in re.findall(r"\bpip install (.*)", path.read_text())]
+    hashed = r"--require-hashes -r (\{project\}/)?\.ci/(build|cibuildwheel)-requirements\.txt\"?"
+    assert len(installed) == 5 and all(re.fullmatch(hashed, line) for line in installed), installed
+
+
+def test_the_sdist_job(checkout, tmp_path):
+    """As the workflow does it: no `build`, into a folder that is not there yet."""
+    (command,) = re.findall(r"python (setup\.py .*sdist -d )", (ROOT / ".github/workflows/release.yml").read_text())
+    run(sys.executable, *command.split(), tmp_path / "first", cwd=checkout)
+    assert len(list((tmp_path / "first").glob("*.tar.gz"))) == 1
 
 
 @pytest.mark.skipif(shutil.which("cibuildwheel", path=BIN) is None, reason="cibuildwheel is not installed")
-@pytest.mark.parametrize("config", ["pyproject.toml", ".ci/cuda-wheels.toml"])
+@pytest.mark.parametrize("config", CONFIGURATIONS)
 def test_the_matrix_of_wheels(checkout, config):
     command = ["cibuildwheel", "--config-file", config, "--print-build-identifiers", "--platform", "linux"]
     names = run(
