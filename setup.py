@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "cpu", "cuda", "none")
 RECORD = "_build_info.json"
 CUDA_LIBRARY = "libfastattn_cuda.so"
+COMPILER_REMEDY = "install a C++17 compiler with OpenMP (Debian: apt install g++ python3-dev)"
 CUDA_ARCHS = ("80", "86", "89", "90a", "100", "120")
 
 
@@ -47,19 +48,25 @@ def choose_mode() -> tuple[str, str]:
     """("cpu" | "cuda" | "none", reason) from FASTATTN_BUILD and what the machine has."""
     wanted = os.environ.get("FASTATTN_BUILD", "auto")
     if wanted not in MODES:
-        raise SystemExit(f"FASTATTN_BUILD must be one of {', '.join(MODES)}, got {wanted!r}")
+        raise SystemExit(f"FASTATTN_BUILD={wanted} is not known; unset it or take one of {', '.join(MODES)}")
     if wanted == "none":
         return "none", "FASTATTN_BUILD=none"
     compiler, problem = find_compiler()
     if compiler is None:
         if wanted != "auto":
-            raise SystemExit(f"FASTATTN_BUILD={wanted}: {problem}")
+            raise SystemExit(f"FASTATTN_BUILD={wanted}: {problem}; {COMPILER_REMEDY}, or set FASTATTN_BUILD=none")
         return "none", problem
-    if os.environ.get("FASTATTN_CUDA_LIBRARY") and wanted == "cuda":
+    shared = os.environ.get("FASTATTN_CUDA_LIBRARY")
+    if shared and wanted == "cuda" and "build_cuda" not in sys.argv:
+        missing = [str(path) for path in (Path(shared), Path(shared).with_suffix(".json")) if not path.exists()]
+        if missing:
+            remedy = "make it by: FASTATTN_BUILD=cuda python setup.py build_cuda --build-dir FOLDER"
+            raise SystemExit(f"FASTATTN_CUDA_LIBRARY: {' and '.join(missing)} not found; {remedy}")
         return "cuda", "FASTATTN_BUILD=cuda, the library of FASTATTN_CUDA_LIBRARY"
     if wanted == "cuda" and find_nvcc() is None:
         raise SystemExit(
-            "FASTATTN_BUILD=cuda: no nvcc found (looked at CUDACXX, else nvcc on PATH and in /usr/local/cuda/bin)"
+            "FASTATTN_BUILD=cuda: no nvcc found (looked at CUDACXX, else nvcc on PATH and in /usr/local/cuda/bin); "
+            "install the CUDA toolkit or set CUDACXX, or build without it: FASTATTN_BUILD=cpu"
         )
     if wanted == "cuda" or (wanted == "auto" and find_nvcc() and device_archs()):
         return "cuda", f"FASTATTN_BUILD={wanted}"
@@ -88,22 +95,21 @@ def device_archs() -> list[str]:
 def cuda_archs() -> list[str]:
     """FASTATTN_CUDA_ARCHS ("80;90a", "native"); without it those of this machine's GPUs, or all that nvcc knows."""
     wanted = os.environ.get("FASTATTN_CUDA_ARCHS", "native" if device_archs() else "")
-    if wanted == "native":
-        archs = device_archs()
-        if not archs:
-            raise SystemExit("FASTATTN_CUDA_ARCHS=native: nvidia-smi lists no GPU of compute capability >= 8.0")
-        return archs
-    known = subprocess.run(
-        [find_nvcc() or "nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True
-    ).stdout
+    command = [find_nvcc() or "nvcc", "--list-gpu-arch"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    known = [name.removeprefix("compute_") for name in listed]
     if not wanted:
-        return [arch for arch in CUDA_ARCHS if f"compute_{arch.removesuffix('a')}" in known.split()]
-    archs = wanted.split(";")
+        return [arch for arch in CUDA_ARCHS if arch.removesuffix("a") in known]
+    archs = device_archs() if wanted == "native" else wanted.split(";")
+    problem = "" if archs else "nvidia-smi lists no GPU of compute capability 8.0 or newer; name targets, as in 80;90a"
     for arch in archs:
-        if f"compute_{arch.removesuffix('a')}" not in known.split() or not arch.removesuffix("a").isdigit():
-            raise SystemExit(
-                f"FASTATTN_CUDA_ARCHS={wanted}: this nvcc does not know {arch!r}; it knows {known.split()}"
-            )
+        number = arch.removesuffix("a")
+        if number.isdigit() and int(number) < 80:
+            problem = f"the kernels need compute capability 8.0, {arch!r} is below it; leave it out"
+        elif not number.isdigit() or number not in known:
+            problem = f"this nvcc does not know {arch!r}; take some of {' '.join(known)}, or another CUDA toolkit"
+    if problem:
+        raise SystemExit(f"FASTATTN_CUDA_ARCHS={wanted}: {problem}")
     return archs
 
 
@@ -113,7 +119,7 @@ def announce_pure_python(reason: str) -> None:
         "fastattn is being installed WITHOUT its native library: pure Python only.",
         f"Reason: {reason}",
         "Every call still works, but CPU attention will be slower than torch's own.",
-        "Remedy: install a C++17 compiler with OpenMP (Debian: apt install g++ python3-dev), then, in the source tree:",
+        f"Remedy: {COMPILER_REMEDY}, then, in the source tree:",
         "        FASTATTN_BUILD=cpu pip install --force-reinstall --no-deps .",
     ]
     width = max(map(len, lines))
@@ -143,17 +149,39 @@ class CMakeExtension(Extension):
         super().__init__(name, sources=[])
 
 
-def run_cmake(build: Path, options: dict[str, object]) -> None:
+def configure(build: Path, options: dict[str, object]) -> None:
     options = {"CMAKE_BUILD_TYPE": "Release", "CMAKE_MAKE_PROGRAM": tool("ninja"), **options}
     defines = [f"-D{key}={value}" for key, value in options.items()]
     extra = os.environ.get("CMAKE_ARGS", "").split()
     build.mkdir(parents=True, exist_ok=True)
     subprocess.run([tool("cmake"), "-G", "Ninja", "-S", ROOT, "-B", build, *defines, *extra], check=True)
+
+
+def run_cmake(build: Path, options: dict[str, object]) -> None:
+    configure(build, options)
     jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
     subprocess.run([tool("cmake"), "--build", build, "-j", jobs], check=True)
 
 
+def copy_whole(source: Path | str, target: Path) -> None:
+    """Under another name first: a build that is cut off leaves the old file, and who has it open keeps it."""
+    partial = target.with_name(f"partial-{target.name}")
+    shutil.copy2(source, partial)
+    os.replace(partial, target)
+
+
 class BuildExtension(build_ext):
+    def run(self) -> None:
+        super().run()
+        write_record(self.package_folder(), self.record)
+
+    def package_folder(self) -> Path:
+        return (ROOT if self.editable_mode else Path(self.build_lib)) / "fastattn"
+
+    def copy_file(self, infile, outfile, *arguments, **options):
+        copy_whole(infile, Path(outfile))
+        return outfile, 1
+
     def build_extension(self, ext: Extension) -> None:
         pybind11 = importlib.import_module("pybind11")
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -172,15 +200,15 @@ class BuildExtension(build_ext):
             **(cuda_options() if MODE == "cuda" and not shared else {"FASTATTN_CUDA_ARCHS": ""}),
         }
         run_cmake(build, options)
-        folder = ROOT / "fastattn" if self.editable_mode else target.parent
+        folder = self.package_folder()
         record = json.loads((build / "build_info.json").read_text())
-        if self.editable_mode:  # setuptools copies the extension modules it knows of
+        if self.editable_mode and MODE != "cuda":
             (folder / CUDA_LIBRARY).unlink(missing_ok=True)
-        if MODE == "cuda" and (shared or self.editable_mode):
-            shutil.copy2(shared or target.parent / CUDA_LIBRARY, folder)
+        if MODE == "cuda" and (shared or self.editable_mode):  # setuptools copies the extension modules it knows of
+            copy_whole(shared or target.parent / CUDA_LIBRARY, folder / CUDA_LIBRARY)
         if MODE == "cuda" and shared:
             record |= json.loads(Path(shared).with_suffix(".json").read_text())
-        write_record(folder, {"mode": MODE, "reason": REASON, **record})
+        self.record = record
 
 
 class BuildCuda(Command):
@@ -245,8 +273,10 @@ def version() -> str:
 
 def write_record(folder: Path, record: dict[str, object]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"mode": MODE, "reason": REASON, **record}, indent=1)
-    (folder / RECORD).write_text(text + "\n")
+    text = json.dumps({"mode": MODE, "reason": REASON, "version": version(), **record}, indent=1)
+    partial = folder / f"partial-{RECORD}"
+    partial.write_text(text + "\n")
+    os.replace(partial, folder / RECORD)
 
 
 MODE, REASON = choose_mode()

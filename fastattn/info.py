@@ -13,11 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import torch
 
 import fastattn
 
+from . import libraries
 from .dispatch import BACKENDS, UnsupportedError
 
 ISA_FLAGS = {
@@ -40,10 +43,16 @@ def _native() -> ModuleType | None:
     return BACKENDS["native"]._C
 
 
-def _build_record() -> dict[str, Any]:
-    """What setup.py wrote about the build; absent in a source tree that was never installed."""
-    path = Path(__file__).parent / "_build_info.json"
-    return json.loads(path.read_text()) if path.exists() else {"mode": "none", "reason": "never built"}
+def installs() -> list[str]:
+    """Folders of every fastattn that this Python could import, that in use first: of installs, and on sys.path."""
+    found = [libraries.PACKAGE]
+    for distribution in importlib.metadata.distributions(name="fastattn"):
+        direct = json.loads(distribution.read_text("direct_url.json") or "{}")
+        editable = direct.get("dir_info", {}).get("editable")
+        source = Path(url2pathname(urlparse(direct["url"]).path)) if editable else distribution.locate_file("")
+        found.append(Path(str(source), "fastattn"))
+    found += [Path(folder, "fastattn") for folder in sys.path]
+    return list(dict.fromkeys(str(path.resolve()) for path in found if (path / "__init__.py").exists()))
 
 
 def _cpu() -> dict[str, Any]:
@@ -77,10 +86,11 @@ def openmp_runtimes() -> list[str]:
     return sorted(path for path in paths if re.match(r"lib(g|i)?omp\d*[-.]", Path(path).name))
 
 
-def backends() -> list[dict[str, Any]]:
+def backends(uncovered: str | None = None) -> list[dict[str, Any]]:
+    """`uncovered`: what is wrong with the CUDA library for this GPU."""
     rows = []
     for name, backend in BACKENDS.items():
-        status = backend.status()
+        status = backend.status() or (uncovered if name == "cuda" else None)
         reason, remedy = _split(status or "")
         rows.append({"backend": name, "available": status is None, "reason": reason, "remedy": remedy})
     return rows
@@ -97,7 +107,8 @@ def _split(status: str) -> tuple[str, str]:
 
 def collect() -> dict[str, Any]:
     native = _native()
-    record = _build_record()
+    record = libraries.record()
+    local = record.get("version", "").partition("+")[2]
     cuda = None
     library: dict[str, Any] = {"archs": BACKENDS["cuda"].built_archs(), "missing": None}
     if torch.cuda.is_available():
@@ -107,12 +118,13 @@ def collect() -> dict[str, Any]:
         library["missing"] = BACKENDS["cuda"].uncovered((properties.major, properties.minor))
     return {
         "versions": {
-            "fastattn": fastattn.__version__,
+            "fastattn": fastattn.__version__ + (f"+{local}" if local else ""),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "triton": _version("triton"),
             "platform": platform.platform(),
         },
+        "installs": installs(),
         "cpu": _cpu(),
         "cuda": cuda,
         "cuda library": library,
@@ -122,7 +134,7 @@ def collect() -> dict[str, Any]:
             "build": record,
         },
         "openmp": openmp_runtimes(),
-        "backends": backends(),
+        "backends": backends(library["missing"]),
         "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith("FASTATTN_")},
     }
 
@@ -141,8 +153,10 @@ def check() -> list[dict[str, Any]]:
             if backend.status() is not None:
                 continue
             row: dict[str, Any] = {"backend": name, "dtype": str(dtype).removeprefix("torch.")}
+            on_gpu = name in ("cuda", "triton") and torch.cuda.is_available()
             try:
-                errors = [_error(a, g) for a, g in zip(_gradients(qkv, name), golden)]
+                results = _gradients([t.cuda() if on_gpu else t for t in qkv], name)
+                errors = [_error(a, g) for a, g in zip(results, golden)]
             except UnsupportedError as error:
                 rows.append({**row, "ok": None, "note": str(error).splitlines()[0]})
                 continue
@@ -158,11 +172,11 @@ def _gradients(qkv: list[torch.Tensor], backend: str) -> list[torch.Tensor]:
     leaves = [t.detach().clone().requires_grad_() for t in qkv]
     out = fastattn.attention(*leaves, causal="bottom_right", window=(96, None), backend=backend)
     cotangent = torch.cos(torch.arange(out.numel(), dtype=torch.float64)).reshape(out.shape)
-    return [out.detach(), *torch.autograd.grad(out, leaves, cotangent.to(out.dtype))]
+    return [out.detach(), *torch.autograd.grad(out, leaves, cotangent.to(out))]
 
 
 def _error(actual: torch.Tensor, golden: torch.Tensor) -> float:
-    difference = (actual.double() - golden).abs().nan_to_num(float("inf"))
+    difference = (actual.cpu().double() - golden).abs().nan_to_num(float("inf"))
     return float(difference.max())
 
 
@@ -176,6 +190,10 @@ def render(facts: dict[str, Any]) -> str:
     versions, cpu, native = facts["versions"], facts["cpu"], facts["native"]
     build = native["build"]
     lines = [f"{key:<12}{value or 'not installed'}" for key, value in versions.items()]
+    used, *others = facts["installs"]
+    if others:
+        remedy = "pip uninstall the one you do not want, or take its folder off PYTHONPATH"
+        lines.append(f"{'installs':<12}more than one: {used} is used, {', '.join(others)} is not; {remedy}")
     lines.append(
         f"{'cpu':<12}{cpu['model']}, {cpu['logical cores']} logical cores, {cpu['torch threads']} torch threads"
     )
@@ -183,15 +201,15 @@ def render(facts: dict[str, Any]) -> str:
     library = facts["cuda library"]
     targets = ", ".join(f"sm_{arch}" for arch in library["archs"]) or "not built"
     coverage = "" if facts["cuda"] is None else f": {library['missing'] or 'covers this GPU'}"
-    lines.append(f"{'cuda build':<12}{targets}{coverage}")
+    compiler = f" (nvcc {build['cuda_compiler']})" if build.get("cuda_compiler") else ""
+    lines.append(f"{'cuda build':<12}{targets}{compiler}{coverage}")
     if native["path"] is None:
-        reason = build["reason"] if build["mode"] == "none" else facts["backends"][0]["reason"]
+        row = next(row for row in facts["backends"] if row["backend"] == "native")
         lines += [
             "",
-            "!!! PURE PYTHON: the native library is not installed, CPU attention runs slower than it could.",
-            f"!!! Reason: {reason}",
-            "!!! Remedy: install a C++17 compiler, then in the source tree:",
-            "!!!         FASTATTN_BUILD=cpu pip install --force-reinstall --no-deps .",
+            "!!! PURE PYTHON: there is no native library, CPU attention runs slower than it could.",
+            f"!!! Reason: {row['reason']}",
+            f"!!! Remedy: {row['remedy']}",
             "",
         ]
     else:

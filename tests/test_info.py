@@ -1,6 +1,8 @@
 import json
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,22 +31,14 @@ def test_report_is_plain_text_without_secrets(capsys, monkeypatch):
     assert all(name in report for name in BACKENDS)
 
 
-def test_pure_python_install_is_loud(capsys, monkeypatch):
+@pytest.mark.parametrize("reason", ["no C++ compiler found", "GLIBC_2.99 not found"])
+def test_pure_python_install_is_loud(capsys, monkeypatch, reason):
     monkeypatch.setattr(info, "_native", lambda: None)
-    monkeypatch.setattr(info, "_build_record", lambda: {"mode": "none", "reason": "no C++ compiler found"})
+    monkeypatch.setattr(BACKENDS["native"], "status", lambda: f"{reason}; rebuild it")
     info.main([])
-    report = capsys.readouterr().out
-    assert "PURE PYTHON" in report and "no C++ compiler found" in report and "FASTATTN_BUILD=cpu" in report
-
-
-def test_library_that_does_not_load_says_why(capsys, monkeypatch):
-    problem = "the native library is not built (GLIBC_2.99 not found); rebuild it"
-    monkeypatch.setattr(info, "_native", lambda: None)
-    monkeypatch.setattr(info, "_build_record", lambda: {"mode": "cpu", "reason": "FASTATTN_BUILD=auto"})
-    monkeypatch.setattr(BACKENDS["native"], "status", lambda: problem)
-    info.main([])
-    report = capsys.readouterr().out
-    assert "GLIBC_2.99" in report and "rebuild it" in report
+    lines = capsys.readouterr().out.splitlines()
+    assert any("PURE PYTHON" in line for line in lines)
+    assert f"!!! Reason: {reason}" in lines and "!!! Remedy: rebuild it" in lines
 
 
 def test_openmp_runtimes_of_this_process():
@@ -88,7 +82,6 @@ def test_command_line():
         (["80"], (8, 0), True),
         (["80"], (8, 9), True),  # the same major number
         (["80"], (9, 0), True),  # PTX of the newest target
-        (["80", "90a"], (7, 5), False),
         (["90a"], (8, 6), False),
         (["100"], (9, 0), False),
         ([], (9, 0), False),
@@ -107,10 +100,88 @@ def test_which_gpus_a_cuda_library_covers(monkeypatch, archs, capability, covere
     assert facts["cuda library"] == {"archs": archs, "missing": None}
 
 
+def test_a_gpu_too_old_for_the_kernels_is_not_told_to_rebuild(monkeypatch):
+    monkeypatch.setattr(BACKENDS["cuda"], "built_archs", lambda: ["80", "90a"])
+    problem = BACKENDS["cuda"].uncovered((7, 5))
+    assert "need compute capability 8.0" in problem and "use backend triton or eager" in problem
+    assert "pip install" not in problem
+
+
+def test_a_gpu_that_is_not_covered_is_no_available_backend(monkeypatch, capsys):
+    """The table and the line of the build say the same."""
+    cuda, gpu = BACKENDS["cuda"], {"name": "Old", "major": 7, "minor": 5, "total_memory": 2**34}
+    monkeypatch.setattr(info.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(info.torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(info.torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**gpu))
+    monkeypatch.setattr(cuda, "status", lambda: None)
+    assert info.main([]) == 0
+    row = re.search(r"^cuda  .*$", capsys.readouterr().out.partition("backend  ")[2], re.MULTILINE).group()
+    assert row.split()[1] == "no" and "need compute capability 8.0" in row
+
+
+@pytest.mark.parametrize(
+    ("built_with", "error", "status"),
+    [
+        (None, None, "this torch is built without CUDA; install"),
+        (
+            "13.0",
+            "Found no NVIDIA driver on your system. Please check",
+            "no NVIDIA driver on your system; please check",
+        ),
+        ("13.0", "No CUDA GPUs are available", "No CUDA GPUs are available; look at nvidia-smi"),
+        ("13.0", None, "torch sees no CUDA device; look at nvidia-smi"),
+    ],
+)
+def test_without_a_device_cause_and_remedy(monkeypatch, built_with, error, status):
+    def init():
+        if error:
+            raise RuntimeError(error)
+
+    monkeypatch.setattr(torch.version, "cuda", built_with)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    assert status in BACKENDS["cuda"].status()
+
+
+def test_two_installs_are_named(monkeypatch, capsys, tmp_path):
+    """A copy of the package in one folder, an install in another; the folder twice is one."""
+    installed = tmp_path / "site" / "fastattn"
+    for folder in (tmp_path / "copy" / "fastattn", installed):
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").touch()
+    metadata = tmp_path / "site" / "fastattn-0.0.1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Name: fastattn\nVersion: 0.0.1\n")
+    used = str(info.libraries.PACKAGE)
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "copy"), str(tmp_path / "copy"), str(tmp_path / "site")])
+    assert info.installs() == [used, str(installed), str(tmp_path / "copy" / "fastattn")]
+    info.main([])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("installs")]
+    assert f"{used} is used" in line and str(installed) in line and "PYTHONPATH" in line
+
+
+def test_an_editable_install_and_its_source_tree_are_one(monkeypatch, tmp_path):
+    metadata = tmp_path / "fastattn-0.1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Name: fastattn\nVersion: 0.1.0\n")
+    source = info.libraries.PACKAGE.parent
+    direct = {"url": source.as_uri(), "dir_info": {"editable": True}}
+    (metadata / "direct_url.json").write_text(json.dumps(direct))
+    monkeypatch.setattr(sys, "path", [str(source), str(tmp_path)])
+    assert info.installs() == [str(source / "fastattn")]
+
+
+def test_the_local_version_and_the_compiler_of_the_cuda_library_are_named(monkeypatch, capsys):
+    record = {**info.libraries.record(), "version": "0.1.0+cu130", "cuda_compiler": "13.0.88"}
+    monkeypatch.setattr(info.libraries, "record", lambda: record)
+    info.main([])
+    report = capsys.readouterr().out
+    assert re.search(r"^fastattn +\S+\+cu130$", report, re.MULTILINE) and "(nvcc 13.0.88)" in report
+
+
 def test_a_library_of_another_version_is_refused(monkeypatch):
-    native = BACKENDS["native"]
-    if native._C is None:
-        pytest.skip(native.status())
-    monkeypatch.setattr(native, "__version__", "99.0")
-    library, problem = native._load()
+    if BACKENDS["native"]._C is None:
+        pytest.skip(BACKENDS["native"].status())
+    monkeypatch.setattr(info.libraries, "__version__", "99.0")
+    library, problem = info.libraries.native.__wrapped__()
     assert library is None and "99.0" in problem and "remove the other install" in problem

@@ -58,7 +58,8 @@ static Isa choose() {
         if (!std::strcmp(forced, kNames[i])) return static_cast<Isa>(i);
         names += std::string(i ? ", " : "") + kNames[i];
     }
-    throw std::runtime_error(std::string("FASTATTN_ISA=") + forced + " is not one of those this CPU has: " + names);
+    throw std::runtime_error(std::string("FASTATTN_ISA=") + forced + " is not one of those this CPU has: " + names +
+                             "; unset it or name one of these");
 }
 
 Isa current_isa() {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from functools import cache
 from pathlib import Path
@@ -10,12 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import libraries
 from ..params import Call, LinearCall, SoftmaxCall, SoftmaxParams, SoftmaxTensors, empty_like_layout
 
-LIBRARY = Path(__file__).parents[1] / "libfastattn_cuda.so"
+LIBRARY = libraries.PACKAGE / "libfastattn_cuda.so"
 EMULATOR = "FASTATTN_CUDA_EMULATOR"  # path of the library built for the emulator of tests/cuda_emulator
 FORCED = "FASTATTN_CUDA_KERNELS"  # "hopper" or "portable": only that family
-REBUILD = "in the source tree: FASTATTN_BUILD=cuda pip install --force-reinstall --no-deps ."
+REBUILD = libraries.rebuild("cuda")
 FAMILIES = {"portable": 0, "hopper": 1}  # fastattn::CudaKernel
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
@@ -30,25 +30,39 @@ VERIFIED_ON_HARDWARE = False
 @cache
 def _load(path: str) -> str | None:
     """Why the library at `path` cannot be used, or None once it is loaded."""
-    try:
-        import fastattn._C as _C
-    except ImportError as error:
-        return f"the native library does not load ({error}); {REBUILD}"
+    native, problem = libraries.native()
+    if native is None:
+        return str(problem).replace(libraries.rebuild(), REBUILD)
     if not Path(path).exists():
+        if path != str(LIBRARY):
+            return f"{path} does not exist; mend {EMULATOR}"
+        if _record_problem():
+            return _record_problem()
+        if built_archs():
+            return (
+                f"half-built: the record names targets {', '.join(built_archs())}, but {path} does not exist; {REBUILD}"
+            )
         return f"the package was built without CUDA kernels; {REBUILD}"
     try:
-        _C.cuda_load(path)
-    except ImportError as error:
-        return f"the CUDA library does not load ({error}); {REBUILD}"
-    return None
+        problem = libraries.cut_off(path)
+        if problem is None:
+            native.cuda_load(path)
+    except Exception as error:
+        problem = str(error)
+    return None if problem is None else libraries.with_remedy(f"the CUDA library does not load: {problem}", REBUILD)
 
 
 @cache
 def built_archs() -> list[str]:
     """Targets the library was compiled for, as in FASTATTN_CUDA_ARCHS: ["80", "90a"]."""
-    record = LIBRARY.with_name("_build_info.json")
-    found = json.loads(record.read_text()).get("cuda_archs", "") if record.exists() else ""
+    found = libraries.record().get("cuda_archs", "")
     return found.split(";") if found else []
+
+
+@cache
+def _record_problem() -> str | None:
+    record = libraries.record()
+    return record["reason"].replace(libraries.rebuild(), REBUILD) if record["mode"] == "unknown" else None
 
 
 def covers(archs: list[str], capability: tuple[int, int]) -> bool:
@@ -60,11 +74,14 @@ def covers(archs: list[str], capability: tuple[int, int]) -> bool:
 
 def uncovered(capability: tuple[int, int]) -> str | None:
     """What is wrong and how to rebuild, where the library has nothing for a device of this capability."""
-    if covers(built_archs(), capability):
-        return None
+    if capability < (8, 0):
+        found = ".".join(map(str, capability))
+        return f"its kernels need compute capability 8.0, this GPU has {found}; use backend triton or eager"
+    if _record_problem() or covers(built_archs(), capability):
+        return _record_problem()
     arch = f"{capability[0]}{capability[1]}" + ("a" if capability == (9, 0) else "")
-    command = REBUILD.replace("FASTATTN_BUILD=cuda", f"FASTATTN_BUILD=cuda FASTATTN_CUDA_ARCHS={arch}")
-    return f"the library was built for {', '.join(built_archs()) or 'nothing'}, not for this GPU (sm_{arch}); {command}"
+    problem = f"the library was built for {', '.join(built_archs()) or 'nothing'}, not for this GPU (sm_{arch})"
+    return f"{problem}; {libraries.rebuild('cuda', arch)}"
 
 
 def status() -> str | None:
@@ -73,9 +90,20 @@ def status() -> str | None:
         return _load(os.path.abspath(emulator))
     if torch.version.hip is not None:
         return "its kernels are for NVIDIA GPUs"
-    if not torch.cuda.is_available():
-        return "it needs a CUDA device"
-    return _load(str(LIBRARY))
+    return _no_device() or _load(str(LIBRARY))
+
+
+def _no_device() -> str | None:
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA; install a build with CUDA (pytorch.org)"
+    try:
+        torch.cuda.init()
+        problem = "torch sees no CUDA device"
+    except Exception as error:  # no driver or one that is too old, in torch's words
+        problem = str(error).replace(". Please", "; please", 1)
+    return libraries.with_remedy(problem, "look at nvidia-smi and CUDA_VISIBLE_DEVICES")
 
 
 def why_not(call: Call) -> list[str]:
@@ -88,8 +116,6 @@ def why_not(call: Call) -> list[str]:
             return [f"{EMULATOR} runs it on CPU tensors, these are on {x.q.device}"]
     elif x.q.device.type != "cuda":
         return [f"it runs on CUDA tensors, these are on {x.q.device}"]
-    elif _capability(x.q) < (8, 0):
-        return ["it needs compute capability 8.0 (Ampere) or newer"]
     else:
         missing = uncovered(_capability(x.q))
         if missing:

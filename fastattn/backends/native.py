@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
 
-from .._version import __version__
+from .. import libraries
 from ..params import (
     CAUSAL_BOTTOM_RIGHT,
     CAUSAL_NONE,
@@ -22,21 +21,7 @@ from ..params import (
     empty_like_layout,
 )
 
-
-def _load() -> tuple[ModuleType | None, str | None]:
-    """(the library, None), or (None, why there is none and what to do)."""
-    rebuild = "in the source tree: FASTATTN_BUILD=cpu pip install --force-reinstall --no-deps ."
-    try:
-        import fastattn._C as library
-    except ImportError as error:
-        return None, f"the native library does not load ({error}); install a C++17 compiler, then {rebuild}"
-    if library.version != __version__:
-        found = f"the native library {library.__file__} is of version {library.version}, the package of {__version__}"
-        return None, f"{found}; remove the other install from the path, or {rebuild}"
-    return library, None
-
-
-_C, _missing = _load()
+_C, _missing = libraries.native()
 
 MAX_HEAD_DIM = 512
 TOKENS_PER_KEPT_STATE = 4096  # kLinearMark
