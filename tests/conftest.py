@@ -10,6 +10,7 @@ import shutil
 import cuda_build
 import pytest
 import torch
+from packaging_tools import NOT_SOURCE, ROOT
 
 import fastattn
 from fastattn.backends import native
@@ -58,6 +59,12 @@ def cuda_emulator():
     if not shutil.which(os.environ.get("CXX", "c++")):
         pytest.skip("no C++ compiler to build the emulator with")
     return cuda_build.emulated_library()
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory):
+    """A copy of the sources, so that no build touches the tree the tests run from."""
+    return shutil.copytree(ROOT, tmp_path_factory.mktemp("checkout") / "fastattn", ignore=NOT_SOURCE)
 
 
 def pytest_collection_modifyitems(items):

@@ -8,44 +8,18 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
-import tarfile
 import textwrap
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from packaging_tools import BIN, NOT_SOURCE, ROOT, pip, run, unpacked, wheel_names
 
-ROOT = Path(__file__).parents[1]
-BIN = os.path.dirname(sys.executable)
-NOT_SOURCE = shutil.ignore_patterns(
-    ".git", ".venv", "build", "dist", "*.egg-info", "*.so", "_build_info.json", "__pycache__", ".*_cache", ".hypothesis"
-)
 CONFIGURATIONS = ("pyproject.toml", ".ci/cuda-wheels.toml")
 CIBUILDWHEEL = ".ci/cibuildwheel-requirements.txt"
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
-
-
-def run(*command, check=True, cwd="/", **environment) -> subprocess.CompletedProcess[str]:
-    clean = {
-        key: value for key, value in os.environ.items() if not key.startswith(("FASTATTN_", "PYTHONPATH", "LD_PRELOAD"))
-    }
-    command = tuple(map(str, command))
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=cwd, env={**clean, **environment})
-    assert not check or result.returncode == 0, f"{' '.join(command)}\n{result.stdout}\n{result.stderr}"
-    return result
-
-
-def pip(*arguments, **options) -> subprocess.CompletedProcess[str]:
-    return run(sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments, **options)
-
-
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory) -> Path:
-    """A copy of the sources, so that no build touches the tree the tests run from."""
-    return Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("checkout") / "fastattn", ignore=NOT_SOURCE))
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +37,6 @@ def wheel(sdist, tmp_path_factory) -> Path:
     return next(folder.glob("*.whl"))
 
 
-def unpacked(archive: Path) -> set[str]:
-    if archive.suffix == ".whl":
-        return set(zipfile.ZipFile(archive).namelist())
-    with tarfile.open(archive) as tar:
-        return {name.partition("/")[2] for name in tar.getnames()}
-
-
 class Environment:
     """An empty virtual environment that shares the torch of this one but nothing else of the project."""
 
@@ -84,13 +51,6 @@ class Environment:
 
     def run(self, code: str, cwd="/") -> str:
         return run(self.python, "-c", textwrap.dedent(code), cwd=cwd).stdout
-
-
-def wheel_names(sources: Path) -> set[str]:
-    names = set()
-    for top, package in (("fastattn", "fastattn"), ("kernels", "fastattn/kernels"), ("bench", "fastattn/bench")):
-        names |= {f"{package}/{path.relative_to(sources / top)}" for path in (sources / top).rglob("*.py")}
-    return names
 
 
 def test_sdist_is_complete(sdist, checkout):
@@ -242,7 +202,8 @@ def test_wheel_works_in_an_empty_environment(wheel, tmp_path):
         cwd=tmp_path,
     )
     assert all(line.startswith(str(environment.site)) for line in output.splitlines()), output
-    facts = json.loads(run(environment.python, "-m", "fastattn.info", "--json", cwd=tmp_path).stdout)
+    facts = json.loads(run(environment.python, "-m", "fastattn.info", "--check", "--json", cwd=tmp_path).stdout)
+    assert {row["backend"] for row in facts["check"] if row["ok"]} == {"native", "eager", "reference"}
     assert facts["native"]["path"].startswith(str(environment.site))
     assert facts["native"]["build"]["mode"] == "cpu" and facts["native"]["build"]["compiler"]
     listed = run(Path(environment.python).parent / "fastattn-bench", "list", "--preset", "quick", cwd=tmp_path).stdout
