@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +48,20 @@ def backend(problem: Problem, name: str) -> Implementation:
         return Implementation(lambda x: fastattn.attention(x.q, x.k, x.v, mask=x.mask, **options), kernel)
     dropin, causal, gqa = fastattn.scaled_dot_product_attention, bool(problem.causal), problem.Hq != problem.Hk
     return Implementation(lambda x: dropin(x.q, x.k, x.v, attn_mask=x.mask, is_causal=causal, enable_gqa=gqa), kernel)
+
+
+def portable(problem: Problem) -> Implementation:
+    """Backend cuda held to the kernels that every GPU from compute capability 8.0 on runs."""
+    ours = backend(problem, "cuda")
+
+    def held(function: Callable[[Inputs], Any]) -> Callable[[Inputs], Any]:
+        def call(x: Inputs) -> Any:
+            with patch.dict(os.environ, FASTATTN_CUDA_KERNELS="portable"):
+                return function(x)
+
+        return call
+
+    return Implementation(held(ours.call), held(ours.kernel))
 
 
 def in_words(explanation: fastattn.Explanation) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import fastattn
 from fastattn.bench import environment, runner, session
 from fastattn.bench.cases import all_cases, softmax
 from fastattn.testing import timing
@@ -25,6 +27,8 @@ def test_the_gpu_preset_is_the_grid_with_its_goals_in_eight_minutes():
     assert causal.goal.against == "cudnn" and {"cudnn", "flash", "triton", "flex"} <= set(causal.peers)
     assert by_name["bf16 forward full D128 L512"].must.ratio == 0.9
     assert by_name["bf16 backward full D128 L16384"].must.of_peak == 0.58
+    portable = by_name["bf16 forward by portable CUDA"]
+    assert (portable.goal.ratio, portable.goal.against, portable.peers) == (0.9, "flash", ("flash",))
     decode = [case for case in cases if case.bound == "memory"]
     assert decode and all(2 * c.problem.B * 8 * c.problem.Lk * 128 * 2 >= 64 << 20 for c in decode)
     assert all((c.must.of_peak, c.goal.of_peak) == (0.85, 0.92) for c in decode)
@@ -33,6 +37,16 @@ def test_the_gpu_preset_is_the_grid_with_its_goals_in_eight_minutes():
     calls = sum(11 * (len(case.peers) + 2) * case.flops for case in cases) / 100e12
     compiling = 10 * sum("flex" in case.peers for case in cases)
     assert calls + compiling + len(cases) * (1 + session.SECONDS_PER_CASE["gpu"]) < 8 * 60
+
+
+def test_portable_kernels_are_asked_for_during_the_call_alone(monkeypatch):
+    monkeypatch.delenv("FASTATTN_CUDA_KERNELS", raising=False)
+    chosen = lambda *tensors, backend, **options: (backend, os.environ.get("FASTATTN_CUDA_KERNELS"))
+    monkeypatch.setattr(fastattn, "attention", chosen)
+    case = next(case for case in softmax.CASES if case.extra == "portable")
+    ours = list(softmax.implementations(case).values())[-1]
+    inputs = SimpleNamespace(q=None, k=None, v=None, mask=None)
+    assert ours.call(inputs) == ("cuda", "portable") and "FASTATTN_CUDA_KERNELS" not in os.environ
 
 
 class FakeCuda:

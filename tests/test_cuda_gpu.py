@@ -18,7 +18,7 @@ from fastattn.testing import Case, make
 
 pytestmark = pytest.mark.gpu
 FAMILIES = ("portable", "hopper")
-SUITE = "softmax softmax_gradients softmax_numerics softmax_layouts softmax_masks softmax_sparse softmax_sinks softmax_dropout softmax_packed"
+SUITE = "softmax softmax_gradients softmax_numerics softmax_layouts softmax_masks softmax_sparse softmax_sinks softmax_dropout softmax_packed softmax_extras"
 SMALL = Case(Hq=4, Hk=2, Lq=130, Lk=300, D=64, causal=True)
 
 

@@ -183,6 +183,8 @@ def gpu_cases() -> list[Case]:
     for direction, goals in TRITON_GOALS.items():
         problem, backward = square(8192, B=2, H=16, D=128), direction == "backward"
         cases.append(gpu_case(f"bf16 {direction} by Triton", problem, goals, (), backward=backward, extra="triton"))
+    problem, goals = square(8192, B=2, H=16, D=128), (Goal(0.9, against="flash"), NO_GOAL)
+    cases.append(gpu_case("bf16 forward by portable CUDA", problem, goals, ("flash",), extra="portable"))
     for B, Lk in ((1, 16384), (1, 65536), (16, 8192)):
         goals = Goal(of_peak=0.92), Goal(of_peak=0.85)
         peers = ("cudnn", "flash", *GPU_BACKENDS)
@@ -250,7 +252,10 @@ def implementations(case: Case, backend: str = "auto", names: tuple[str, ...] = 
 
     `backend` other than auto holds fastattn to that one.
     """
-    ours = everyone.backend(case.problem, case.extra if case.extra in everyone.BACKENDS else backend)
+    if case.extra == "portable":
+        ours = everyone.portable(case.problem)
+    else:
+        ours = everyone.backend(case.problem, case.extra if case.extra in everyone.BACKENDS else backend)
     if case.extra == "threads":
         return {"1 thread": replace(ours, threads=1), "fastattn": replace(ours, threads=2)}
     baseline = {"torch": everyone.torch_sdpa(case.problem)}
