@@ -65,7 +65,7 @@ def native() -> tuple[ModuleType | None, str | None]:
     found = getattr(library, "version", None)
     if found != __version__:
         problem = f"the native library {library.__file__} is of version {found}, the package of {__version__}"
-        return None, f"{problem}; remove the other install from the path, or {rebuild()}"
+        return None, f"{problem}; {rebuild()}"
     return library, None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,10 +13,24 @@ ROOT = Path(__file__).parents[1]
 EMULATOR = ROOT / "tests" / "cuda_emulator"
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off",
          f"-I{EMULATOR}", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}", "-Wno-psabi"]  # fmt: skip
+MOST_MEMORY = 3 * 10**9  # bytes: a build with two jobs fits a small machine
 
 
 def kernel_sources() -> list[Path]:
     return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+
+
+def compile_cuda(*command) -> str:
+    """What nvcc says; no process of it needs more than MOST_MEMORY."""
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(list(map(str, command)), stdout=said, stderr=said)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        said.seek(0)
+        text = said.read()
+    assert process.returncode == 0, text[-8000:]
+    assert usage.ru_maxrss * 1024 < MOST_MEMORY, f"{usage.ru_maxrss} KiB"
+    return text
 
 
 def emulated_library() -> Path:

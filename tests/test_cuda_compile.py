@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from cuda_build import ROOT, kernel_sources
+from cuda_build import ROOT, compile_cuda, kernel_sources
 
 NVCC = shutil.which("nvcc")
 SOURCES = [path for path in kernel_sources() if path.stem.endswith("_sm90")]
@@ -37,9 +37,7 @@ def compiled(tmp_path_factory) -> dict[Path, tuple[Path, str]]:
 
     def compile_one(source: Path) -> tuple[Path, str]:
         target = folder / f"{source.stem}.o"
-        done = subprocess.run([NVCC, *FLAGS, "-c", source, "-o", target], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-8000:]
-        return target, done.stdout + done.stderr
+        return target, compile_cuda(NVCC, *FLAGS, "-c", source, "-o", target)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(SOURCES, pool.map(compile_one, SOURCES)))

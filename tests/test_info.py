@@ -184,4 +184,4 @@ def test_a_library_of_another_version_is_refused(monkeypatch):
         pytest.skip(BACKENDS["native"].status())
     monkeypatch.setattr(info.libraries, "__version__", "99.0")
     library, problem = info.libraries.native.__wrapped__()
-    assert library is None and "99.0" in problem and "remove the other install" in problem
+    assert library is None and "99.0" in problem and f"; {info.libraries.rebuild()}" in problem

@@ -38,10 +38,9 @@ def _load(path: str) -> str | None:
             return f"{path} does not exist; mend {EMULATOR}"
         if _record_problem():
             return _record_problem()
-        if built_archs():
-            return (
-                f"half-built: the record names targets {', '.join(built_archs())}, but {path} does not exist; {REBUILD}"
-            )
+        targets = ", ".join(built_archs())
+        if targets:
+            return f"half-built: the record names targets {targets}, but {path} does not exist; {REBUILD}"
         return f"the package was built without CUDA kernels; {REBUILD}"
     try:
         problem = libraries.cut_off(path)
