@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f) $(wildcard kernels/*/__init__.py)
 SANITIZED := build/sanitize/site
 
-.PHONY: test bench lint format sanitize wheel wheels clean install
+.PHONY: test bench lint format sanitize wheel wheels conformance clean install
 .DELETE_ON_ERROR:
 
 # Idle threads that spin would take the cores from other tests. A file stays in one process: its tests share what they build.
@@ -56,6 +56,20 @@ wheels: $(VENV)/.build-tools
 	$(BIN)/cibuildwheel --output-dir dist
 	for version in $(CUDA_VERSIONS); do CUDA_VERSION=$$version FASTATTN_LOCAL_VERSION=cu$$(echo $$version | tr -d .) \
 	  $(BIN)/cibuildwheel --config-file .ci/cuda-wheels.toml --output-dir dist || exit 1; done
+
+# A built wheel on a torch of choice, in an environment and a folder without the sources.
+WHEEL ?= $(firstword $(wildcard dist/fastattn-*.whl))
+CONFORMANCE := build/conformance
+QUICK := softmax softmax_gradients linear dropin autograd
+conformance:
+	rm -rf $(CONFORMANCE)
+	mkdir -p $(CONFORMANCE)
+	$(MAKE) VENV=$(CONFORMANCE)/venv $(CONFORMANCE)/venv/.created
+	grep -E '^(expecttest|hypothesis|numpy|pytest)[=<]' .ci/requirements.txt | \
+	  $(CONFORMANCE)/venv/bin/python -m pip install -r /dev/stdin "$(TORCH)" $(WHEEL)
+	cp -r tests pyproject.toml $(CONFORMANCE)
+	cd $(CONFORMANCE) && venv/bin/python -m fastattn.info --check
+	cd $(CONFORMANCE) && venv/bin/python -m pytest -q -m "not gpu and not slow" $(QUICK:%=tests/test_%.py)
 
 install: $(VENV)/.installed
 
