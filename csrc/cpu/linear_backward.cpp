@@ -123,7 +123,7 @@ class CausalBackward : BackwardWork {
         scan(whole_state(x.state), block);
         if (!rows) return;
         turn_back(x.r, x.df);
-        inner_products(n, enter.at, enter.step, x.turned, layout_.Dv, x.products);
+        inner_products(enter.at, enter.step, x.turned, layout_.Dv, x.products);
         for (int64_t t = 0; t < n; ++t) own[t] = x.products[t * kBlock + t];
         const Fading& fading = x.rows.fading;
         const float* features = backwards ? x.rows.q : x.rows.k;
@@ -186,8 +186,8 @@ class CausalBackward : BackwardWork {
                 if (!dq_) continue;
                 if (strict) add_features(own, tk, d);
                 features_.gradient(tq, x.inverse[t], d);
-                store(dq_, head, t0 + t, 1, d);
             }
+            if (dq_) store(dq_, head, t0, n, 1, x.df, ld);
             if (p_.normalize) end_block<factor>(x.z, nullptr, rows.fading.whole);
             if (ddecay_ && restarts(head, block)) keep_state();
         }
@@ -230,12 +230,10 @@ class CausalBackward : BackwardWork {
                 if (!dk_) continue;
                 if (strict) add_features(own, tq, d);
                 features_.gradient(tk, x.inverse[t], d);
-                store(dk_, head, t0 + t, -1, d);
             }
+            if (passes.k && dk_) store(dk_, head, t0, n, -1, x.df, ld);
             if (passes.k && p_.normalize) end_block<factor>(x.z, rows.fading.factors, rows.fading.whole);
-            for (int64_t t = 0; t < n && passes.v && dv_; ++t) {
-                store(dv_, head, t0 + t, -1, x.dv + t * layout_.ld_v);
-            }
+            if (passes.v && dv_) store(dv_, head, t0, n, -1, x.dv, layout_.ld_v);
         }
         if (passes.k && ddecay_ && head.first < head.last) restart_decay(head, head.first, end - kept_floats(), x);
         if (passes.v && dkv_) store_initial(head, whole_state(x.state));

@@ -71,11 +71,11 @@ class BackwardWork : protected LinearWork {
         for (const HeadGradient* gradient : {&dq_, &dk_, &dv_, &ddecay_, &dkv_, &dz_}) gradient->sum_heads(threads);
     }
 
-    // A row of a gradient; rows follow as blocks do (pack_features).
-    void store(const HeadGradient& gradient, const LinearHead& head, int64_t t, int64_t sense, const float* row) const {
+    // Rows [t0, t0 + n) of a gradient, from rows of `ld` floats; blocks follow as those of pack_features do.
+    void store(const HeadGradient& gradient, const LinearHead& head, int64_t t0, int64_t n, int64_t sense,
+               const float* rows, int64_t ld) const {
         const TensorView& x = gradient.slices();
-        ask_to_write(x, head.b, head.h, t + sense * kBlock);
-        store_row(x.row(head.b, head.h, t), x.dtype, x.last_stride(), row, 0, x.size[3], 1);
+        store_rows(x, head.b, head.h, t0, n, sense, rows, ld, 0, x.size[3], nullptr);
     }
 
     int64_t state_floats() const { return layout_.panels * panel_floats(); }

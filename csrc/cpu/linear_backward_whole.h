@@ -104,10 +104,9 @@ class WholeBackward : BackwardWork {
                     add_features(dsum, x.z, d);
                     add_features(dsum, tq, x.dz);
                 }
-                if (!dq_) continue;
-                features_.gradient(tq, x.inverse[t], d);
-                store(dq_, head, t0 + t, 1, d);
+                if (dq_) features_.gradient(tq, x.inverse[t], d);
             }
+            if (dq_) store(dq_, head, t0, n, 1, x.df, ld);
         });
         each_block(head.first, dk_ || dv_ ? head.last : head.first, [&](int64_t t0, int64_t n) {
             pack_features(head, k, true, t0, n, 1, x.features, x.inverse, x.wide);
@@ -116,14 +115,14 @@ class WholeBackward : BackwardWork {
             for (int64_t t = 0; t < n && dk_; ++t) {
                 if (p_.normalize && takes_part(head, t0 + t)) add_features(1, x.dz, x.df + t * ld);
                 features_.gradient(x.features + t * ld, x.inverse[t], x.df + t * ld);
-                store(dk_, head, t0 + t, 1, x.df + t * ld);
             }
+            if (dk_) store(dk_, head, t0, n, 1, x.df, ld);
             if (!dv_) return;
             turn(x.features, ld, kBlock, ld, x.rows, kBlock);
             ScanBlock block = block_of(x);
             block.y = x.dv;
             scan(whole_state(x.dsum), block);
-            for (int64_t t = 0; t < n; ++t) store(dv_, head, t0 + t, 1, x.dv + t * layout_.ld_v);
+            store(dv_, head, t0, n, 1, x.dv, layout_.ld_v);
         });
         if (dkv_) store_initial(head, whole_state(x.dsum));
         if (dz_) store_initial_z(head, x.dz);

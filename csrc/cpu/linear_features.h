@@ -16,12 +16,11 @@ FASTATTN_INLINE void exp_nonpositive(Vec x, Vec* high, Vec* low) {
     const Vec n = vround(vmul(x, vset(kLog2e))), one = vset(1.0f);
     Vec r = vfma(n, vset(-0.693359375f), x);
     r = vfma(n, vset(2.12194440e-4f), r);
-    Vec p = vfma(vset(1.0f / 5040), r, vset(1.0f / 720));
-    p = vfma(p, r, vset(1.0f / 120));
-    p = vfma(p, r, vset(1.0f / 24));
-    p = vfma(p, r, vset(1.0f / 6));
-    p = vfma(p, r, vset(0.5f));
-    const Vec grown = vfma(vmul(p, r), r, r), sum = vadd(one, grown);
+    // Terms in pairs: half the latency of one after the other.
+    const Vec square = vmul(r, r);
+    const Vec low_terms = vfma(vset(1.0f / 6), r, vset(0.5f)), high_terms = vfma(vset(1.0f / 5040), r, vset(1.0f / 720));
+    const Vec terms = vfma(vfma(high_terms, square, vfma(vset(1.0f / 120), r, vset(1.0f / 24))), square, low_terms);
+    const Vec grown = vfma(terms, square, r), sum = vadd(one, grown);
     *low = vscale2(vsub(grown, vsub(sum, one)), n);
     *high = vscale2(sum, n);
 }
@@ -101,6 +100,20 @@ FASTATTN_INLINE void store_row(char* out, DType dtype, int64_t stride, const flo
     }
 }
 
+// Maps of one element.
+struct Identity {
+    FASTATTN_INLINE Vec operator()(Vec a) const { return a; }
+};
+struct Relu {
+    FASTATTN_INLINE Vec operator()(Vec a) const { return vmax(vzero(), a); }
+};
+struct Elu1 {
+    FASTATTN_INLINE Vec operator()(Vec a) const {
+        const uint32_t positive = vless(vzero(), a);
+        return vselect(positive, vadd(a, vset(1.0f)), exp_nonpositive(vselect(positive, vzero(), a)));
+    }
+};
+
 struct Features {
     FeatureMap map;
     int64_t D, F;
@@ -123,18 +136,22 @@ struct Features {
             default:
                 break;
         }
-        load_row(x, r, D, ld, out);
-        if (map == FeatureMap::kRelu) {
-            each_vector(D, [&](int64_t c, int) { vstore(out + c, vmax(vzero(), vload(out + c))); });
-        } else if (map == FeatureMap::kElu1) {
-            each_vector(D, [&](int64_t c, int n) {
-                const Vec a = vload(out + c);
-                const uint32_t positive = vless(vzero(), a);
-                const Vec low = exp_nonpositive(vselect(positive, vzero(), a));
-                vstore(out + c, vselect(lane_bits(n), vselect(positive, vadd(a, vset(1.0f)), low), vzero()));
-            });
-        }
+        map_rows(x, r, 1, ld, out, [](int64_t) {});
         return 0;
+    }
+
+    // Whether a feature is a function of one element.
+    bool elementwise() const { return map != FeatureMap::kTaylor1 && map != FeatureMap::kTaylor2; }
+    // The same of rows [r0, r0 + n), for such maps. ahead(r) comes before row r.
+    template <class Ahead>
+    void map_rows(const Source& x, int64_t r0, int64_t n, int64_t ld, float* out, Ahead&& ahead) const {
+        if (map == FeatureMap::kRelu) {
+            apply(x, r0, n, ld, out, ahead, Relu());
+        } else if (map == FeatureMap::kElu1) {
+            apply(x, r0, n, ld, out, ahead, Elu1());
+        } else {
+            apply(x, r0, n, ld, out, ahead, Identity());
+        }
     }
 
     // Gradient of x from d, that of phi(x), in place of d's first D columns; phi and inverse as row() gave them.
@@ -188,6 +205,26 @@ struct Features {
     }
 
    private:
+    template <class Ahead, class Map>
+    FASTATTN_INLINE void apply(const Source& x, int64_t r0, int64_t n, int64_t ld, float* out, Ahead&& ahead,
+                               Map&& f) const {
+        const int64_t whole = x.col == 1 ? D / W * W : 0;
+        with_loader(x.dtype, [&](auto load) {
+            for (int64_t r = 0; r < n; ++r) {
+                ahead(r0 + r);
+                const char* row = x.at(r0 + r);
+                for (int64_t c = 0; c < whole; c += W) vstore(out + r * ld + c, f(load(row, c)));
+            }
+        });
+        for (int64_t r = 0; r < n && whole < ld; ++r) {
+            for (int64_t c = whole; c < ld; c += W) {
+                const int count = static_cast<int>(most<int64_t>(0, least<int64_t>(W, D - c)));
+                const Vec a = load_floats(x.at(r0 + r), x.dtype, c, x.col, count);
+                vstore(out + r * ld + c, vselect(lane_bits(count), f(a), vzero()));
+            }
+        }
+    }
+
     float taylor1(const Source& x, int64_t r, int64_t ld, float* out, float* wide) const {
         load_row(x, r, D, round_up(D, W), wide);
         Vec top = vzero();

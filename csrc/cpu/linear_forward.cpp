@@ -30,9 +30,8 @@ class Forward : LinearWork {
    private:
     struct Buffers {
         BlockRows rows;
-        float *v, *y, *wide, *inverse, *weight;
+        float *v, *y, *z, *wide, *inverse, *weight, *dens;
         Panels state;
-        FeatureSum z;
         int64_t used;
         bool leads;  // the part that writes what all parts know
     };
@@ -44,10 +43,11 @@ class Forward : LinearWork {
         x.v = arena.floats(kBlock * layout_.ld_v);
         x.y = arena.floats(kBlock * layout_.ld_v);
         x.state.x = arena.floats(ceil_div(layout_.panels, parts) * panel_floats());
-        x.z = place_sum(arena);
+        x.z = arena.floats(p_.normalize ? layout_.ld_f : 0);
         x.wide = arena.floats(round_up(p_.D(), W));
         x.inverse = arena.floats(kBlock);
         x.weight = arena.floats(kBlock);
+        x.dens = arena.floats(kBlock);
         x.used = arena.used();
         return x;
     }
@@ -56,8 +56,8 @@ class Forward : LinearWork {
         const int64_t state = head.n * p_.Hs() + head.hs, F = layout_.F;
         load_state(p_.kv ? p_.kv + state * F * layout_.Dv : nullptr, x.state);
         if (p_.normalize) {
-            zero(x.z.base, layout_.ld_f);
-            if (p_.z) memcpy(x.z.base, p_.z + state * F, sizeof(float) * static_cast<size_t>(F));
+            zero(x.z, layout_.ld_f);
+            if (p_.z) memcpy(x.z, p_.z + state * F, sizeof(float) * static_cast<size_t>(F));
         }
         if (p_.causal) {
             if (!p_.decay) {
@@ -72,15 +72,14 @@ class Forward : LinearWork {
         }
         if (!head.leads) return;
         store_state(x.state, p_.kv_out + state * F * layout_.Dv);
-        if (p_.normalize && x.leads) memcpy(p_.z_out + state * F, x.z.base, sizeof(float) * static_cast<size_t>(F));
+        if (p_.normalize && x.leads) memcpy(p_.z_out + state * F, x.z, sizeof(float) * static_cast<size_t>(F));
     }
 
     template <Factor factor>
     void causal(const LinearHead& head, const Buffers& x) const {
         const Source q = queries(head), k = keys(head), v = values(head);
         const BlockRows& rows = x.rows;
-        const int64_t ld = layout_.ld_f;
-        if (p_.decay) zero(rows.fading.carry, ld);
+        if (p_.decay) zero(rows.fading.carry, layout_.ld_f);
         for (int64_t t0 = head.first; t0 < head.last; t0 += kBlock) {
             const int64_t n = least<int64_t>(kBlock, head.last - t0);
             pack_features(head, k, false, t0, n, 1, rows.k, x.inverse, x.wide);
@@ -94,11 +93,10 @@ class Forward : LinearWork {
             block.a = rows.enters;
             block.whole = rows.fading.whole;
             scan(x.state, block);
-            for (int64_t t = 0; t < n && p_.normalize; ++t) {
-                add_token<factor, false>(x.z, t == 0, rows.fading.factors + t * factor_step(), 1, rows.k + t * ld);
-                x.weight[t] = denominator(rows.q + t * ld, x.z.now);
+            if (p_.normalize) {
+                denominators(rows.reads, rows.pairs, x);
+                add_keys<factor>(rows, x.z);
             }
-            if (p_.normalize) end_block<factor>(x.z, nullptr, rows.fading.whole);
             finish(head, t0, n, x);
         }
     }
@@ -115,11 +113,7 @@ class Forward : LinearWork {
             ScanBlock block = block_of(lanes, x);
             block.a = x.rows.enters;
             scan(x.state, block);
-            if (!p_.normalize) continue;
-            for (int64_t t = 0; t < n; ++t) {
-                add_token<Factor::kNone, false>(x.z, t == 0, nullptr, 1, x.rows.k + t * ld);
-            }
-            end_block<Factor::kNone>(x.z, nullptr, nullptr);
+            if (p_.normalize) add_keys<Factor::kNone>(x.rows, x.z);
         }
         const int64_t end = last_query(head);
         for (int64_t t0 = head.first; t0 < end; t0 += kBlock) {
@@ -129,9 +123,7 @@ class Forward : LinearWork {
             ScanBlock block = block_of({}, x);
             block.y = x.y;
             scan(x.state, block);
-            for (int64_t t = 0; t < n && p_.normalize; ++t) {
-                x.weight[t] = denominator(x.rows.q + t * ld, x.z.base);
-            }
+            if (p_.normalize) denominators(x.rows.reads, nullptr, x);
             finish(head, t0, n, x);
         }
     }
@@ -144,26 +136,51 @@ class Forward : LinearWork {
         return block;
     }
 
-    float denominator(const float* q, const float* z) const {
-        return static_cast<float>(p_.scale) * dot(q, z, layout_.ld_f);
+    // z is a column of the state whose values are 1, and rounded like one, so that errors of one divide out against the
+    // other's.
+    void denominators(const float* reads, const float* pairs, const Buffers& x) const {
+        for (int64_t t = 0; t < kBlock; t += W) {
+            Vec sum = vzero();
+            for (int64_t f = 0; f < layout_.F; ++f) sum = vfma(vset(x.z[f]), vload(reads + f * kBlock + t), sum);
+            for (int64_t j = 0; j < kBlock && pairs; ++j) sum = vadd(sum, vload(pairs + j * kBlock + t));
+            vstore(x.weight + t, vmul(vset(static_cast<float>(p_.scale)), sum));
+        }
+    }
+    template <Factor factor>
+    void add_keys(const BlockRows& rows, float* z) const {
+        const int64_t ld = layout_.ld_f;
+        for (int64_t c = 0; c < ld; c += W) {
+            Vec sum = vzero(), old = vload(z + c);
+            for (int64_t t = 0; t < kBlock; ++t) {
+                const Vec key = vload(rows.k + t * ld + c);
+                const float* end = rows.fading.end + t * factor_step();
+                sum = vadd(sum, factor == Factor::kNone ? key : vmul(key, factor_at<factor>(end, c)));
+            }
+            const Vec whole = factor == Factor::kNone ? vset(1.0f) : vload(rows.fading.whole + c);
+            vstore(z + c, vfma(whole, old, sum));
+        }
     }
 
     // Rows [t0, t0 + n) of out, and what the backward pass needs of their denominators.
     void finish(const LinearHead& head, int64_t t0, int64_t n, const Buffers& x) const {
-        const TensorView& out = p_.out;
-        float* saved = p_.saved && x.leads ? p_.saved + (head.b * p_.H() + head.h) * p_.Lq() + t0 : nullptr;
-        for (int64_t t = 0; t < n; ++t) {
-            float weight = static_cast<float>(p_.scale);
-            if (p_.normalize) {
-                const bool clamped = x.weight[t] < kLinearEps;
-                const float den = clamped ? kLinearEps : x.weight[t];
-                weight /= den;
-                if (saved) saved[t] = clamped ? -den : den;
+        const Vec scale = vset(static_cast<float>(p_.scale)), least_sum = vset(kLinearEps);
+        for (int64_t t = 0; t < kBlock; t += W) {
+            if (!p_.normalize) {
+                vstore(x.weight + t, scale);
+                continue;
             }
-            ask_to_write(out, head.b, head.h, t0 + t + kBlock);
-            store_row(out.row(head.b, head.h, t0 + t), out.dtype, out.last_stride(), x.y + t * layout_.ld_v,
-                      x.state.first * kPanel, least(x.state.last * kPanel, layout_.Dv), weight);
+            const Vec sum = vload(x.weight + t);
+            const uint32_t clamped = vless(sum, least_sum);
+            const Vec den = vselect(clamped, least_sum, sum);
+            vstore(x.weight + t, vdiv(scale, den));
+            vstore(x.dens + t, vselect(clamped, vsub(vzero(), den), den));
         }
+        if (p_.normalize && p_.saved && x.leads) {
+            float* saved = p_.saved + (head.b * p_.H() + head.h) * p_.Lq() + t0;
+            memcpy(saved, x.dens, sizeof(float) * static_cast<size_t>(n));
+        }
+        const int64_t first = x.state.first * kPanel, last = least(x.state.last * kPanel, layout_.Dv);
+        store_rows(p_.out, head.b, head.h, t0, n, 1, x.y, layout_.ld_v, first, last, x.weight);
     }
 };
 

@@ -28,11 +28,41 @@ struct Panels {
     }
 };
 
-// out [rows][kBlock] = A B or, unless it is the `first` part of a sum, += A B, with B [steps][kBlock].
-inline void multiply(bool first, int64_t rows, const Rows& a, int64_t steps, const float* b, float* out) {
-    const int count = static_cast<int>(rows);
-    first ? gemm_unpacked<Fp32, Store::kWrite>(count, kBlockVecs, a, {0, 0, steps}, b, kBlock, out, kBlock)
-          : gemm_unpacked<Fp32, Store::kAdd>(count, kBlockVecs, a, {0, 0, steps}, b, kBlock, out, kBlock);
+// Tokens, or rows, of a register tile of `vecs` vectors: as many as there are registers for their sums.
+template <int vecs>
+constexpr int kTileTokens = (W == 16 ? 16 : 8) / vecs;
+
+// `count` rows of out [rows][kBlock] = A B or, unless it is the `first` part of a sum, += A B, with B [steps][kBlock].
+template <int count>
+FASTATTN_INLINE void multiply_rows(bool first, const float* a, int64_t ld, int64_t steps, const float* b, float* out) {
+    Vec sums[count][kBlockVecs];
+    FASTATTN_UNROLL for (int r = 0; r < count; ++r) {
+        FASTATTN_UNROLL for (int n = 0; n < kBlockVecs; ++n) sums[r][n] = vzero();
+    }
+    // One pointer for every third row: base + {0, 1, 2} * ld are addressing modes.
+    const float* rows[(count + 2) / 3];
+    FASTATTN_UNROLL for (int r = 0; r < count; r += 3) rows[r / 3] = a + r * ld;
+    for (const float* end = b + steps * kBlock; b < end; b += kBlock) {
+        Vec value[kBlockVecs];
+        FASTATTN_UNROLL for (int n = 0; n < kBlockVecs; ++n) value[n] = vload(b + n * W);
+        FASTATTN_UNROLL for (int r = 0; r < count; ++r) {
+            const Vec at = vset(rows[r / 3][r % 3 * ld]);
+            FASTATTN_UNROLL for (int n = 0; n < kBlockVecs; ++n) sums[r][n] = vfma(at, value[n], sums[r][n]);
+        }
+        FASTATTN_UNROLL for (int r = 0; r < count; r += 3) ++rows[r / 3];
+    }
+    FASTATTN_UNROLL for (int r = 0; r < count; ++r) {
+        FASTATTN_UNROLL for (int n = 0; n < kBlockVecs; ++n) {
+            float* at = out + r * kBlock + n * W;
+            vstore(at, first ? sums[r][n] : vadd(vload(at), sums[r][n]));
+        }
+    }
+}
+inline void multiply(bool first, int64_t rows, const float* a, int64_t ld, int64_t steps, const float* b, float* out) {
+    constexpr int kRows = kTileTokens<kBlockVecs>;
+    int64_t row = 0;
+    for (; row + kRows <= rows; row += kRows) multiply_rows<kRows>(first, a + row * ld, ld, steps, b, out + row * kBlock);
+    for (; row < rows; ++row) multiply_rows<1>(first, a + row * ld, ld, steps, b, out + row * kBlock);
 }
 
 // x [rows][cols] to out [cols][rows], both multiples of W.
@@ -47,11 +77,11 @@ inline void turn(const float* x, int64_t ldx, int64_t rows, int64_t cols, float*
     }
 }
 
-// out[i][j] = a_i . b_j, a [n][ld], b [length][kBlock]. Short sums keep the rounding small.
-inline void inner_products(int64_t n, const float* a, int64_t ld, const float* b, int64_t length, float* out) {
+// out[i][j] = a_i . b_j, a [kBlock][ld], b [length][kBlock]. Short sums keep the rounding small.
+inline void inner_products(const float* a, int64_t ld, const float* b, int64_t length, float* out) {
     constexpr int64_t kShort = 32;
     for (int64_t at = 0; at < length; at += kShort) {
-        multiply(at == 0, n, {a + at, ld, 1}, least(kShort, length - at), b + at * kBlock, out);
+        multiply(at == 0, kBlock, a + at, ld, least(kShort, length - at), b + at * kBlock, out);
     }
 }
 
@@ -74,85 +104,112 @@ struct ScanBlock {
     const float* whole;  // [rows], what a block leaves of X; null is 1
 };
 
-constexpr int kTileTokens = W == 16 ? 16 : 8;  // as many sums as registers hold
-
-// y_t += sum of pairs[j][t] b_j over j <= t, or (`backwards`) over j >= t, for kTileTokens tokens from t0 on.
-template <bool backwards>
-inline void add_pairs(int t0, const float* pairs, const float* b, int64_t step, Vec y[kTileTokens]) {
+// y_t += sum of pairs[j][t] b_j over j <= t, or (`backwards`) over j >= t, for the tokens of a tile from t0 on.
+template <bool backwards, int vecs>
+FASTATTN_INLINE void add_pairs(int t0, const float* pairs, const float* b, int64_t step,
+                               Vec y[kTileTokens<vecs>][vecs]) {
     pairs += t0;
     FASTATTN_UNROLL for (int j = 0; j < kBlock; ++j, b += step, pairs += kBlock) {
-        const Vec value = vload(b);
-        FASTATTN_UNROLL for (int t = 0; t < kTileTokens; ++t) {
-            if (backwards ? t0 + t <= j : t0 + t >= j) y[t] = vfma(vset(pairs[t]), value, y[t]);
+        if (backwards ? t0 > j : t0 + kTileTokens<vecs> <= j) continue;
+        Vec value[vecs];
+        FASTATTN_UNROLL for (int n = 0; n < vecs; ++n) value[n] = vload(b + n * W);
+        FASTATTN_UNROLL for (int t = 0; t < kTileTokens<vecs>; ++t) {
+            if (backwards ? t0 + t > j : t0 + t < j) continue;
+            const Vec pair = vset(pairs[t]);
+            FASTATTN_UNROLL for (int n = 0; n < vecs; ++n) y[t][n] = vfma(pair, value[n], y[t][n]);
         }
     }
 }
 // The same for rows [kBlock][width] of x and y.
-template <bool backwards>
+template <bool backwards, int vecs>
 inline void add_pairs(const float* pairs, const float* x, int64_t width, float* y) {
-    for (int64_t lane = 0; lane < width; lane += W) {
-        FASTATTN_UNROLL for (int t0 = 0; t0 < kBlock; t0 += kTileTokens) {
-            float* at = y + t0 * width + lane;
-            Vec sums[kTileTokens];
-            FASTATTN_UNROLL for (int t = 0; t < kTileTokens; ++t) sums[t] = vload(at + t * width);
-            add_pairs<backwards>(t0, pairs, x + lane, width, sums);
-            FASTATTN_UNROLL for (int t = 0; t < kTileTokens; ++t) vstore(at + t * width, sums[t]);
+    constexpr int T = kTileTokens<vecs>;
+    FASTATTN_UNROLL for (int t0 = 0; t0 < kBlock; t0 += T) {
+        Vec sums[T][vecs];
+        FASTATTN_UNROLL for (int t = 0; t < T; ++t) {
+            FASTATTN_UNROLL for (int n = 0; n < vecs; ++n) sums[t][n] = vload(y + (t0 + t) * width + n * W);
+        }
+        add_pairs<backwards, vecs>(t0, pairs, x, width, sums);
+        FASTATTN_UNROLL for (int t = 0; t < T; ++t) {
+            FASTATTN_UNROLL for (int n = 0; n < vecs; ++n) vstore(y + (t0 + t) * width + n * W, sums[t][n]);
         }
     }
 }
-
-// y of one vector of lanes; x is [rows], ld floats apart.
 template <bool backwards>
-__attribute__((noinline)) void read_tile(const ScanBlock& s, int64_t rows, const float* x, int64_t ld, int64_t lane) {
-    FASTATTN_UNROLL for (int t0 = 0; t0 < kBlock; t0 += kTileTokens) {
-        Vec y[kTileTokens];
-        FASTATTN_UNROLL for (int t = 0; t < kTileTokens; ++t) y[t] = vzero();
-        const float *state = x, *c = s.c + t0;
-        for (int64_t row = 0; row < rows; ++row, state += ld, c += kBlock) {
-            const Vec value = vload(state);
-            FASTATTN_UNROLL for (int t = 0; t < kTileTokens; ++t) y[t] = vfma(vset(c[t]), value, y[t]);
+inline void add_pairs(const float* pairs, const float* x, int64_t width, float* y) {
+    int64_t lane = 0;
+    for (; lane + 2 * W <= width; lane += 2 * W) add_pairs<backwards, 2>(pairs, x + lane, width, y + lane);
+    if (lane < width) add_pairs<backwards, 1>(pairs, x + lane, width, y + lane);
+}
+
+// y of a panel of `vecs` vectors of lanes from `lane` on.
+template <bool backwards, int vecs>
+__attribute__((noinline)) void read_panel(const ScanBlock& s, int64_t rows, const float* x, int64_t lane) {
+    constexpr int T = kTileTokens<vecs>;
+    FASTATTN_UNROLL for (int t0 = 0; t0 < kBlock; t0 += T) {
+        Vec y[T][vecs];
+        FASTATTN_UNROLL for (int t = 0; t < T; ++t) {
+            FASTATTN_UNROLL for (int n = 0; n < vecs; ++n) y[t][n] = vzero();
         }
-        if (s.pairs) add_pairs<backwards>(t0, s.pairs, s.b.at + lane, s.b.step, y);
+        const float *state = x, *c = s.c + t0;
+        for (int64_t row = 0; row < rows; ++row, state += vecs * W, c += kBlock) {
+            Vec value[vecs];
+            FASTATTN_UNROLL for (int n = 0; n < vecs; ++n) value[n] = vload(state + n * W);
+            FASTATTN_UNROLL for (int t = 0; t < T; ++t) {
+                const Vec ct = vset(c[t]);
+                FASTATTN_UNROLL for (int n = 0; n < vecs; ++n) y[t][n] = vfma(ct, value[n], y[t][n]);
+            }
+        }
+        if (s.pairs) add_pairs<backwards, vecs>(t0, s.pairs, s.b.at + lane, s.b.step, y);
         float* out = s.y + t0 * s.y_step + lane;
-        FASTATTN_UNROLL for (int t = 0; t < kTileTokens; ++t) vstore(out + t * s.y_step, y[t]);
+        FASTATTN_UNROLL for (int t = 0; t < T; ++t) {
+            FASTATTN_UNROLL for (int n = 0; n < vecs; ++n) vstore(out + t * s.y_step + n * W, y[t][n]);
+        }
     }
 }
 
 // What a block adds to `count` rows is summed first, so that X is rounded once.
-template <int count, bool fades>
-inline void update_rows(const ScanBlock& s, int64_t row, float* x, int64_t ld, int64_t lane) {
-    Vec sums[count];
-    FASTATTN_UNROLL for (int r = 0; r < count; ++r) sums[r] = vzero();
+template <int count, int vecs, bool fades>
+FASTATTN_INLINE void update_rows(const ScanBlock& s, int64_t row, float* x, int64_t lane) {
+    Vec sums[count][vecs];
+    FASTATTN_UNROLL for (int r = 0; r < count; ++r) {
+        FASTATTN_UNROLL for (int n = 0; n < vecs; ++n) sums[r][n] = vzero();
+    }
     const float *a = s.a + row * kBlock, *b = s.b.at + lane;
     FASTATTN_UNROLL for (int t = 0; t < kBlock; ++t, b += s.b.step) {
-        const Vec value = vload(b);
-        FASTATTN_UNROLL for (int r = 0; r < count; ++r) sums[r] = vfma(vset(a[r * kBlock + t]), value, sums[r]);
+        Vec value[vecs];
+        FASTATTN_UNROLL for (int n = 0; n < vecs; ++n) value[n] = vload(b + n * W);
+        FASTATTN_UNROLL for (int r = 0; r < count; ++r) {
+            const Vec at = vset(a[r * kBlock + t]);
+            FASTATTN_UNROLL for (int n = 0; n < vecs; ++n) sums[r][n] = vfma(at, value[n], sums[r][n]);
+        }
     }
     FASTATTN_UNROLL for (int r = 0; r < count; ++r) {
-        float* at = x + (row + r) * ld;
-        vstore(at, fades ? vfma(vset(s.whole[row + r]), vload(at), sums[r]) : vadd(vload(at), sums[r]));
+        FASTATTN_UNROLL for (int n = 0; n < vecs; ++n) {
+            float* at = x + (row + r) * vecs * W + n * W;
+            vstore(at, fades ? vfma(vset(s.whole[row + r]), vload(at), sums[r][n]) : vadd(vload(at), sums[r][n]));
+        }
     }
 }
-template <bool fades>
-__attribute__((noinline)) void update_tile(const ScanBlock& s, int64_t rows, float* x, int64_t ld, int64_t lane) {
-    constexpr int kRows = 8;
+template <int vecs, bool fades>
+__attribute__((noinline)) void update_panel(const ScanBlock& s, int64_t rows, float* x, int64_t lane) {
+    constexpr int kRows = kTileTokens<vecs> < 8 ? kTileTokens<vecs> : 8;
     int64_t row = 0;
-    for (; row + kRows <= rows; row += kRows) update_rows<kRows, fades>(s, row, x, ld, lane);
-    for (; row < rows; ++row) update_rows<1, fades>(s, row, x, ld, lane);
+    for (; row + kRows <= rows; row += kRows) update_rows<kRows, vecs, fades>(s, row, x, lane);
+    for (; row < rows; ++row) update_rows<1, vecs, fades>(s, row, x, lane);
+}
+
+template <int vecs>
+inline void scan_panel(const ScanBlock& s, int64_t rows, float* x, int64_t lane) {
+    if (s.y) s.backwards ? read_panel<true, vecs>(s, rows, x, lane) : read_panel<false, vecs>(s, rows, x, lane);
+    if (s.a) s.whole ? update_panel<vecs, true>(s, rows, x, lane) : update_panel<vecs, false>(s, rows, x, lane);
 }
 
 inline void scan(const Panels& state, const ScanBlock& s) {
-    state.each([&](float* x, int64_t first, int vecs) {
+    state.each([&](float* x, int64_t lane, int vecs) {
         const int64_t ld = vecs * W;
-        if (s.r) multiply(first == 0, state.rows, {x, ld, 1}, ld, s.d + first * kBlock, s.r);
-        for (int64_t lane = first; lane < first + ld; lane += W, x += W) {
-            if (s.y) {
-                s.backwards ? read_tile<true>(s, state.rows, x, ld, lane)
-                            : read_tile<false>(s, state.rows, x, ld, lane);
-            }
-            if (!s.a) continue;
-            s.whole ? update_tile<true>(s, state.rows, x, ld, lane) : update_tile<false>(s, state.rows, x, ld, lane);
-        }
+        if (s.r) multiply(lane == 0, state.rows, x, ld, ld, s.d + lane * kBlock, s.r);
+        vecs == 2 ? scan_panel<2>(s, state.rows, x, lane) : scan_panel<1>(s, state.rows, x, lane);
     });
 }
 

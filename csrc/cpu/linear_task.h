@@ -108,13 +108,37 @@ class LinearWork {
         }
     }
 
+    // Columns [first, last) of rows [t0, t0 + n) of a head of x, from rows of floats times `weights`, 1 where null.
+    static void store_rows(const TensorView& x, int64_t b, int64_t h, int64_t t0, int64_t n, int64_t sense,
+                           const float* rows, int64_t ld, int64_t first, int64_t last, const float* weights) {
+        const int64_t whole = x.last_stride() == 1 ? first + (last - first) / W * W : first;
+        with_storer(x.dtype, [&](auto store) {
+            for (int64_t t = 0; t < n; ++t) {
+                ask_to_write(x, b, h, t0 + t + sense * kBlock);
+                char* row = x.row(b, h, t0 + t);
+                const Vec weight = vset(weights ? weights[t] : 1.0f);
+                for (int64_t c = first; c < whole; c += W) store(row, c, vmul(vload(rows + t * ld + c), weight));
+            }
+        });
+        for (int64_t t = 0; t < n && whole < last; ++t) {
+            for (int64_t c = whole; c < last; c += W) {
+                const int count = static_cast<int>(least<int64_t>(W, last - c));
+                const Vec a = vmul(vload(rows + t * ld + c), vset(weights ? weights[t] : 1.0f));
+                store_floats(x.row(b, h, t0 + t), x.dtype, c, x.last_stride(), a, count);
+            }
+        }
+    }
+
     // Rows [t0, t0 + n) of phi(x), and zero rows up to kBlock. Blocks follow each other in the sense 1, forward in
     // time, or -1. `wide`: round_up(D, W) floats.
     void pack_features(const LinearHead& head, const Source& x, bool masked, int64_t t0, int64_t n, int64_t sense,
                        float* out, float* inverse, float* wide) const {
         const int64_t ld = layout_.ld_f;
-        for (int64_t t = 0; t < n; ++t) {
-            ask_for(x, t0 + t + sense * kBlock, p_.D());
+        const auto ahead = [&](int64_t t) { ask_for(x, t + sense * kBlock, p_.D()); };
+        const bool at_once = !masked && features_.elementwise();
+        if (at_once) features_.map_rows(x, t0, n, ld, out, ahead);
+        for (int64_t t = 0; t < n && !at_once; ++t) {
+            ahead(t0 + t);
             if (masked && !takes_part(head, t0 + t)) {
                 zero(out + t * ld, ld);
                 inverse[t] = 0;
@@ -273,7 +297,7 @@ class LinearWork {
             if (!backwards) turn(pairs, kBlock, kBlock, kBlock, x.pairs, kBlock);
         } else {
             if (reads && enters) {
-                inner_products(n, backwards ? x.q : x.k, ld, backwards ? x.enters : x.reads, layout_.F, x.pairs);
+                inner_products(backwards ? x.q : x.k, ld, backwards ? x.enters : x.reads, layout_.F, x.pairs);
                 fade_pairs<factor == Factor::kScalar, false, backwards>(n, x.fading.logs, x.pairs);
             }
             if (enters) fade_turned<factor>(x.fading.end, x.enters);
