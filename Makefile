@@ -17,7 +17,7 @@ SANITIZED := build/sanitize/site
 
 # Idle threads that spin would take the cores from other tests. A file stays in one process: its tests share what they build.
 test: $(VENV)/.installed
-	OMP_WAIT_POLICY=passive $(BIN)/pytest -m "not gpu" --numprocesses auto --maxprocesses 4 --dist loadfile --durations 15 -p no:cacheprovider $(TEST_ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -m "not gpu" --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 15 -p no:cacheprovider $(TEST_ARGS)
 
 bench: $(VENV)/.installed
 	@mkdir -p build

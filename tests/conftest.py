@@ -69,7 +69,7 @@ def checkout(tmp_path_factory):
 
 def pytest_collection_modifyitems(items):
     """Files with slow tests first: run last, they would leave the other processes idle."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    slow = {item.path for item in items if item.get_closest_marker("slow") or item.path.name == "test_isa.py"}
     items.sort(key=lambda item: item.path not in slow)
 
 

@@ -6,7 +6,8 @@ namespace fastattn {
 namespace FASTATTN_ISA {
 
 // An element is the sum of P bf16 numbers: 1 for bf16, 2 hold an fp16, 3 an fp32. Of the products of parts those of
-// order 2^-25 and below are left out; the largest come last, since sums are short while the others are added.
+// order 2^-25 and below are left out; the largest come last, since sums are short while the others are added. Each of
+// the others shares a part with the one before it, which stays in its tiles.
 template <int P>
 struct Parts {
     static constexpr int kPair = 2;
@@ -23,8 +24,9 @@ struct Parts {
         int a, b;
     };
     static constexpr int kProducts = P == 3 ? 6 : P * P;
-    static constexpr Product kOrder[6] = {{2, 0}, {0, 2}, {1, 1}, {1, 0}, {0, 1}, {0, 0}};
-    static constexpr const Product* products() { return kOrder + 6 - kProducts; }
+    static constexpr Product kOrder[3][6] = {
+        {{0, 0}}, {{1, 0}, {1, 1}, {0, 1}, {0, 0}}, {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 2}, {0, 0}}};
+    static constexpr Product product(int i) { return kOrder[P - 1][i]; }
 };
 
 // R x N tiles of sums in registers 2 r + n, from zero or from `c`; A goes through registers 4 and 5, B through 6 and 7.
@@ -43,32 +45,32 @@ FASTATTN_INLINE void tile_sums(const Rows& x, const Segment* segments, int count
         if (R == 2 && N == 2) FASTATTN_TILE_ZERO(3);
     }
     const int64_t a_bytes = x.row * 4, b_bytes = N * W * 4, b_part = b_steps / Math::kParts;
-    const auto add = [&](int product, int64_t a_at, int64_t b_at, int64_t steps) {
-        const auto [a_of, b_of] = Math::products()[product];
-        const float* as = x.a + a_of * x.part + a_at;
-        const float* bs = b + (b_of * b_part + b_at) * N * W;
-        for (; steps > 0; steps -= 16) {
-            FASTATTN_TILE_LOAD(4, as, a_bytes);
-            FASTATTN_TILE_LOAD(6, bs, b_bytes);
-            if (N == 2) FASTATTN_TILE_LOAD(7, bs + W, b_bytes);
-            if (R == 2) FASTATTN_TILE_LOAD(5, as + 16 * x.row, a_bytes);
-            FASTATTN_TILE_DOT(0, 4, 6);
-            if (N == 2) FASTATTN_TILE_DOT(1, 4, 7);
-            if (R == 2) FASTATTN_TILE_DOT(2, 5, 6);
-            if (R == 2 && N == 2) FASTATTN_TILE_DOT(3, 5, 7);
+    // Steps [a_at, a_at + steps) and [b_at, ...) of products [first, last).
+    const auto add = [&](int first, int last, const Segment& segment) {
+        const float *as = x.a + segment.a_at, *bs = b + segment.b_at * N * W;
+        for (int64_t s = segment.steps; s > 0; s -= 16) {
+            FASTATTN_UNROLL for (int i = first; i < last; ++i) {
+                const auto [a_of, b_of] = Math::product(i);
+                if (i == first || a_of != Math::product(i - 1).a) {
+                    FASTATTN_TILE_LOAD(4, as + a_of * x.part, a_bytes);
+                    if (R == 2) FASTATTN_TILE_LOAD(5, as + a_of * x.part + 16 * x.row, a_bytes);
+                }
+                if (i == first || b_of != Math::product(i - 1).b) {
+                    FASTATTN_TILE_LOAD(6, bs + b_of * b_part * N * W, b_bytes);
+                    if (N == 2) FASTATTN_TILE_LOAD(7, bs + b_of * b_part * N * W + W, b_bytes);
+                }
+                FASTATTN_TILE_DOT(0, 4, 6);
+                if (N == 2) FASTATTN_TILE_DOT(1, 4, 7);
+                if (R == 2) FASTATTN_TILE_DOT(2, 5, 6);
+                if (R == 2 && N == 2) FASTATTN_TILE_DOT(3, 5, 7);
+            }
             as += 16;
             bs += 16 * N * W;
         }
     };
-    constexpr int64_t kChunk = 32;  // steps whose parts stay in the first-level cache for all small products
-    for (int i = 0; i < count && Math::kProducts > 1; ++i) {
-        for (int64_t s = 0; s < segments[i].steps; s += kChunk) {
-            for (int product = 0; product + 1 < Math::kProducts; ++product) {
-                add(product, segments[i].a_at + s, segments[i].b_at + s, least(kChunk, segments[i].steps - s));
-            }
-        }
-    }
-    for (int i = 0; i < count; ++i) add(Math::kProducts - 1, segments[i].a_at, segments[i].b_at, segments[i].steps);
+    constexpr int kLast = Math::kProducts - 1;
+    for (int i = 0; i < count && kLast > 0; ++i) add(0, kLast, segments[i]);
+    for (int i = 0; i < count; ++i) add(kLast, kLast + 1, segments[i]);
 }
 
 template <int R, int N>
