@@ -54,8 +54,8 @@ class CausalBackward : BackwardWork {
    private:
     struct Buffers {
         BlockRows rows;
-        float *v, *dn, *df, *dv, *turned, *products, *r, *state, *ends, *dsum, *own, *weight, *wide, *inverse, *other;
-        FeatureSum z;
+        float *v, *dn, *df, *dv, *turned, *products, *r, *state, *ends, *dsum, *own, *weight, *wide, *inverse, *other,
+            *z, *sums;
         double* ddecay;
         int64_t used;
     };
@@ -72,7 +72,8 @@ class CausalBackward : BackwardWork {
         x.products = arena.floats(kBlock * kBlock);
         x.r = arena.floats(kBlock * layout_.ld_f);
         x.state = arena.floats(state_floats());
-        x.z = place_sum(arena);
+        x.z = arena.floats(p_.normalize ? layout_.ld_f : 0);
+        x.sums = arena.floats(p_.normalize ? kBlock * layout_.ld_f : 0);
         x.dsum = arena.floats(p_.normalize ? p_.Lk() : 0);
         x.own = arena.floats(p_.normalize ? p_.Lk() : kBlock);
         x.weight = arena.floats(kBlock);
@@ -145,12 +146,12 @@ class CausalBackward : BackwardWork {
         const BlockRows& rows = x.rows;
         const int64_t ld = layout_.ld_f;
         load_state(kv_of(p_.kv, state_of(head)), whole_state(x.state));
-        if (p_.normalize) load_z(state_of(head), p_.z, x.z.base);
+        if (p_.normalize) load_z(state_of(head), p_.z, x.z);
         if (p_.decay) zero(rows.fading.carry, ld);
         float* end = x.ends;
         const auto keep_state = [&] {
             memcpy(end, x.state, sizeof(float) * static_cast<size_t>(state_floats()));
-            if (p_.normalize) memcpy(end + state_floats(), x.z.base, sizeof(float) * static_cast<size_t>(ld));
+            if (p_.normalize) memcpy(end + state_floats(), x.z, sizeof(float) * static_cast<size_t>(ld));
             end += kept_floats();
         };
         if (ddecay_) keep_state();
@@ -164,21 +165,26 @@ class CausalBackward : BackwardWork {
             pair_up<factor, false>(n, false, true, rows);
             float owns[kBlock];
             scan_block<factor, false>(n, lanes, x, true, false, owns);
+            if (p_.normalize) {
+                walk_sum<factor, strict, false>(
+                    n, rows.k, nullptr, rows.fading, x.z,
+                    [&](int64_t t, int64_t c, Vec now) { vstore(x.sums + t * ld + c, now); });
+            }
             for (int64_t t = 0; t < n; ++t) {
                 float *d = x.df + t * ld, own = strict ? owns[t] : 0;
                 const float *tq = rows.q + t * ld, *tk = rows.k + t * ld;
                 if (p_.normalize) {
                     const float weight = x.weight[t], value = own;
-                    add_token<factor, strict>(x.z, t == 0, rows.fading.factors + t * factor_step(), 1, tk);
+                    const float* sum = x.sums + t * ld;
                     // dout . out, not from out itself, which may be rounded to 16 bits.
                     float along = dot(tq, d, ld), dsum = 0;
                     if (!clamped(head, t0 + t)) {
                         // own + dsum, without the difference of two numbers that a fast decay makes equal.
-                        if (strict) own = weight * (value * dot(tq, x.z.now, ld) - along);
+                        if (strict) own = weight * (value * dot(tq, sum, ld) - along);
                         if (strict) along += value * dot(tq, tk, ld);
                         dsum = -along * weight;
                     }
-                    add_features(dsum, x.z.now, d);
+                    add_features(dsum, sum, d);
                     x.dsum[t0 + t - head.first] = dsum;
                     x.own[t0 + t - head.first] = own;
                 }
@@ -188,7 +194,6 @@ class CausalBackward : BackwardWork {
                 features_.gradient(tq, x.inverse[t], d);
             }
             if (dq_) store(dq_, head, t0, n, 1, x.df, ld);
-            if (p_.normalize) end_block<factor>(x.z, nullptr, rows.fading.whole);
             if (ddecay_ && restarts(head, block)) keep_state();
         }
         return end;
@@ -199,10 +204,10 @@ class CausalBackward : BackwardWork {
         constexpr bool strict = kStrict<factor>;
         const Source q = queries(head), k = keys(head), v = values(head);
         const BlockRows& rows = x.rows;
-        const int64_t ld = layout_.ld_f, step = factor_step();
+        const int64_t ld = layout_.ld_f;
         load_state(kv_of(head.leads ? g_.dkv : nullptr, state_of(head)), whole_state(x.state));
         // From here on z is its own gradient.
-        if (passes.k && p_.normalize) load_z(state_of(head), head.leads ? g_.dz : nullptr, x.z.base);
+        if (passes.k && p_.normalize) load_z(state_of(head), head.leads ? g_.dz : nullptr, x.z);
         if (p_.decay) zero(rows.fading.carry, ld);
         for (int64_t block = blocks(head) - 1; block >= 0; --block) {
             const int64_t t0 = start(head, block), n = start(head, block + 1) - t0;
@@ -215,29 +220,28 @@ class CausalBackward : BackwardWork {
             if (passes.k && ddecay_ && restarts(head, block)) restart_decay(head, t0 + n, end -= kept_floats(), x);
             float owns[kBlock];
             scan_block<factor, true>(n, lanes, x, passes.k, passes.v, owns);
+            if (passes.k && p_.normalize) {
+                walk_sum<factor, strict, true>(n, rows.q, x.dsum + t0 - head.first, rows.fading, x.z,
+                                               [&](int64_t t, int64_t c, Vec now) {
+                                                   float* d = x.df + t * ld + c;
+                                                   vstore(d, vadd(vload(d), now));
+                                               });
+            }
             for (int64_t t = n - 1; t >= 0 && passes.k; --t) {
                 float *d = x.df + t * ld, own = strict ? owns[t] : 0;
                 const float *tq = rows.q + t * ld, *tk = rows.k + t * ld;
-                if (p_.normalize) {
-                    const float dsum = x.dsum[t0 + t - head.first];
-                    own = x.own[t0 + t - head.first];
-                    const bool begins = t + 1 == n;
-                    add_token<factor, strict>(x.z, begins, begins ? nullptr : rows.fading.factors + (t + 1) * step,
-                                              dsum, tq);
-                    add_features(1, x.z.now, d);
-                }
+                if (p_.normalize) own = x.own[t0 + t - head.first];
                 if (ddecay_) add_key(head, t0 + t, tk, d, x.ddecay);
                 if (!dk_) continue;
                 if (strict) add_features(own, tq, d);
                 features_.gradient(tk, x.inverse[t], d);
             }
             if (passes.k && dk_) store(dk_, head, t0, n, -1, x.df, ld);
-            if (passes.k && p_.normalize) end_block<factor>(x.z, rows.fading.factors, rows.fading.whole);
             if (passes.v && dv_) store(dv_, head, t0, n, -1, x.dv, layout_.ld_v);
         }
         if (passes.k && ddecay_ && head.first < head.last) restart_decay(head, head.first, end - kept_floats(), x);
         if (passes.v && dkv_) store_initial(head, whole_state(x.state));
-        if (passes.k && dz_) store_initial_z(head, x.z.base);
+        if (passes.k && dz_) store_initial_z(head, x.z);
     }
 
     // A state as forward_in_time keeps it, and z.
@@ -296,7 +300,7 @@ class CausalBackward : BackwardWork {
                 add(f, dot(before + (state - x.state), state, vecs * W));
             }
         });
-        for (int64_t f = 0; f < layout_.F && p_.normalize; ++f) add(f, before[state_floats() + f] * x.z.base[f]);
+        for (int64_t f = 0; f < layout_.F && p_.normalize; ++f) add(f, before[state_floats() + f] * x.z[f]);
         if (!vector) x.ddecay[0] = total;
         if (t == head.last) return;
         float* at = reinterpret_cast<float*>(ddecay_.slices().row(head.b, head.h, t));

@@ -117,6 +117,35 @@ class BackwardWork : protected LinearWork {
     }
     bool clamped(const LinearHead& head, int64_t t) const { return denominator(head, t) < 0; }
 
+    // Adds the features of a block, times `weights` unless null, to a sum over tokens, faded and rounded as a scan does
+    // its state, so that errors of one divide out against the other's. use(t, c, now): columns [c, c + W) of the sum
+    // after token t; strict: of what was there before it, after its factor.
+    template <Factor factor, bool strict, bool backwards, class Use>
+    void walk_sum(int64_t n, const float* features, const float* weights, const Fading& fading, float* sum,
+                  Use&& use) const {
+        for (int64_t c = 0; c < layout_.ld_f; c += W) {
+            const Vec base = vload(sum + c);
+            Vec added = vzero(), fade = vset(1.0f);
+            for (int64_t at = 0; at < n; ++at) {
+                const int64_t t = backwards ? n - 1 - at : at;
+                Vec old = added;
+                if (factor != Factor::kNone && !(backwards && at == 0)) {
+                    const Vec f = factor_at<factor>(fading.factors + (t + backwards) * factor_step(), c);
+                    old = vmul(old, f);
+                    fade = vmul(fade, f);
+                }
+                added = vfma(vset(weights ? weights[t] : 1.0f), vload(features + t * layout_.ld_f + c), old);
+                use(t, c, vfma(fade, base, strict ? old : added));
+            }
+            if (factor == Factor::kNone) {
+                vstore(sum + c, vadd(base, added));
+                continue;
+            }
+            if (backwards) added = vmul(added, factor_at<factor>(fading.factors, c));
+            vstore(sum + c, vfma(vload(fading.whole + c), base, added));
+        }
+    }
+
     const LinearGradients& g_;
     const HeadGradient dq_, dk_, dv_, ddecay_, dkv_, dz_;
 };

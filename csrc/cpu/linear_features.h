@@ -18,7 +18,8 @@ FASTATTN_INLINE void exp_nonpositive(Vec x, Vec* high, Vec* low) {
     r = vfma(n, vset(2.12194440e-4f), r);
     // Terms in pairs: half the latency of one after the other.
     const Vec square = vmul(r, r);
-    const Vec low_terms = vfma(vset(1.0f / 6), r, vset(0.5f)), high_terms = vfma(vset(1.0f / 5040), r, vset(1.0f / 720));
+    const Vec low_terms = vfma(vset(1.0f / 6), r, vset(0.5f)),
+              high_terms = vfma(vset(1.0f / 5040), r, vset(1.0f / 720));
     const Vec terms = vfma(vfma(high_terms, square, vfma(vset(1.0f / 120), r, vset(1.0f / 24))), square, low_terms);
     const Vec grown = vfma(terms, square, r), sum = vadd(one, grown);
     *low = vscale2(vsub(grown, vsub(sum, one)), n);

@@ -49,7 +49,7 @@ FASTATTN_INLINE void multiply_rows(bool first, const float* a, int64_t ld, int64
             const Vec at = vset(rows[r / 3][r % 3 * ld]);
             FASTATTN_UNROLL for (int n = 0; n < kBlockVecs; ++n) sums[r][n] = vfma(at, value[n], sums[r][n]);
         }
-        FASTATTN_UNROLL for (int r = 0; r < count; r += 3) ++rows[r / 3];
+        FASTATTN_UNROLL for (int r = 0; r < count; r += 3)++ rows[r / 3];
     }
     FASTATTN_UNROLL for (int r = 0; r < count; ++r) {
         FASTATTN_UNROLL for (int n = 0; n < kBlockVecs; ++n) {
@@ -61,7 +61,8 @@ FASTATTN_INLINE void multiply_rows(bool first, const float* a, int64_t ld, int64
 inline void multiply(bool first, int64_t rows, const float* a, int64_t ld, int64_t steps, const float* b, float* out) {
     constexpr int kRows = kTileTokens<kBlockVecs>;
     int64_t row = 0;
-    for (; row + kRows <= rows; row += kRows) multiply_rows<kRows>(first, a + row * ld, ld, steps, b, out + row * kBlock);
+    for (; row + kRows <= rows; row += kRows)
+        multiply_rows<kRows>(first, a + row * ld, ld, steps, b, out + row * kBlock);
     for (; row < rows; ++row) multiply_rows<1>(first, a + row * ld, ld, steps, b, out + row * kBlock);
 }
 

@@ -340,41 +340,6 @@ class LinearWork {
         const Vec weight = vset(factor);
         for (int64_t c = 0; c < layout_.ld_f; c += W) vstore(x + c, vfma(weight, vload(y + c), vload(x + c)));
     }
-    // A sum of features over tokens, faded and rounded as a scan rounds its state, so that errors of one divide out
-    // against the other's: `now` after each token, `base` after each block.
-    struct FeatureSum {
-        float *base, *added, *fade, *now;
-    };
-    FeatureSum place_sum(Arena& arena) const {
-        const int64_t n = p_.normalize ? layout_.ld_f : 0;
-        return {arena.floats(n), arena.floats(n), arena.floats(n), arena.floats(n)};
-    }
-    // Adds weight * features of a token, with which a block begins or before which the sum fades by `factors`. Strict:
-    // `now` is what was there before it, after the factor.
-    template <Factor factor, bool strict>
-    void add_token(const FeatureSum& sum, bool begins, const float* factors, float weight,
-                   const float* features) const {
-        for (int64_t c = 0; c < layout_.ld_f; c += W) {
-            Vec old = begins ? vzero() : vload(sum.added + c), fade = begins ? vset(1.0f) : vload(sum.fade + c);
-            if (factor != Factor::kNone && factors) {
-                old = vmul(old, factor_at<factor>(factors, c));
-                fade = vmul(fade, factor_at<factor>(factors, c));
-            }
-            const Vec added = vfma(vset(weight), vload(features + c), old), base = vload(sum.base + c);
-            vstore(sum.now + c, vfma(fade, base, strict ? old : added));
-            vstore(sum.added + c, added);
-            vstore(sum.fade + c, fade);
-        }
-    }
-    // After the last token of a block; `factors`: what fades it still.
-    template <Factor factor>
-    void end_block(const FeatureSum& sum, const float* factors, const float* whole) const {
-        for (int64_t c = 0; c < layout_.ld_f; c += W) {
-            Vec added = vload(sum.added + c), base = vload(sum.base + c);
-            if (factor != Factor::kNone && factors) added = vmul(added, factor_at<factor>(factors, c));
-            vstore(sum.base + c, factor == Factor::kNone ? vadd(base, added) : vfma(vload(whole + c), base, added));
-        }
-    }
     static float dot(const float* x, const float* y, int64_t n) {
         Vec sum = vzero();
         for (int64_t c = 0; c < n; c += W) sum = vfma(vload(x + c), vload(y + c), sum);
