@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 import torch
@@ -143,6 +144,27 @@ def test_presets_choose_cases_and_devices(monkeypatch):
     assert {case.device for case in chosen("--preset", "masks", "--device", "cpu")} == {"cpu"}
     assert {case.device for case in chosen("--preset", "cpu")} == {"cpu"}
     assert {case.device for case in chosen("--preset", "llama3-8b")} == {"cuda"}
+
+
+def test_importing_the_bench_builds_no_mask():
+    """FLOPs are counted when they are asked for: a mask of 32k tokens takes seconds."""
+    code = """
+        from fastattn import masks
+
+        def refuse(cls, *arguments, **options):
+            raise AssertionError(f"{cls.__name__} was built")
+
+        masks.Mask.__new__ = refuse
+        from fastattn.bench.cases import all_cases
+
+        case = next(case for case in all_cases() if case.op == "masks")
+        try:
+            case.flops
+        except AssertionError as error:
+            print(error)
+    """
+    done = subprocess.run([sys.executable, "-c", dedent(code)], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "blocks was built", done.stderr
 
 
 def test_models_have_their_published_shapes():

@@ -86,11 +86,11 @@ def case(name: str, problem: Problem, dtype: str, baseline: str, goal: Goal = NO
         "linear",
         problem,
         dtype,
-        flops=work,
+        count=lambda: work,
         bytes=fields.pop("bytes", bytes_moved(problem, dtype, backward)),
         goal=goal,
         presets=fields.pop("presets", ("linear",)),
-        details={"shape": shape, "options": {"variant": problem.variant}},
+        describe=lambda: {"shape": shape, "options": {"variant": problem.variant}},
         extra=baseline,
         **fields,
     )

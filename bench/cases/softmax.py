@@ -65,10 +65,10 @@ def case(name: str, problem: Problem, dtype: str, goal: Goal = NO_GOAL, **fields
         "softmax",
         problem,
         dtype,
-        flops=flops(problem, backward),
+        count=lambda: flops(problem, backward),
         bytes=bytes_moved(problem, dtype, backward),
         goal=goal,
-        details={"shape": shape, "options": options},
+        describe=lambda: {"shape": shape, "options": options},
         **fields,
     )
 
