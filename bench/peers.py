@@ -83,8 +83,25 @@ def band(problem: Problem) -> tuple[int | None, int | None]:
 @cache
 def _band_mask(Lq: int, Lk: int, lo: int | None, hi: int | None, device: str) -> Tensor:
     """A band as torch has to be given it: a dense bool mask."""
-    offset = torch.arange(Lk, device=device)[None, :] - torch.arange(Lq, device=device)[:, None]
-    return (offset >= (-Lq if lo is None else lo)) & (offset <= (Lk if hi is None else hi))
+    return _in_band(torch.arange(Lq, device=device), Lk, lo, hi)
+
+
+def _in_band(rows: Tensor, Lk: int, lo: int | None, hi: int | None) -> Tensor:
+    offset = torch.arange(Lk, device=rows.device)[None, :] - rows[:, None]
+    return (offset >= (-rows[-1] if lo is None else lo)) & (offset <= (Lk if hi is None else hi))
+
+
+def visible(problem: Problem, x: Inputs, rows: Tensor | None = None) -> Tensor | None:
+    """A dense bool mask of what these queries see, or all of them; None: everything."""
+    found = x.mask if x.mask is None or rows is None else x.mask.index_select(-2, rows)
+    lo, hi = band(problem)
+    if lo is None and hi is None:
+        return found
+    if rows is None:
+        inside = _band_mask(problem.Lq, problem.Lk, lo, hi, x.q.device.type)
+    else:
+        inside = _in_band(rows, problem.Lk, lo, hi)
+    return inside if found is None else inside & found
 
 
 def _dense_mask(problem: Problem, x: Inputs) -> Tensor | None:
@@ -126,10 +143,8 @@ def _scores(problem: Problem, x: Inputs) -> Tensor:
     scores = x.q @ x.k.repeat_interleave(problem.Hq // problem.Hk, 1).transpose(2, 3) * problem.D**-0.5
     if problem.softcap is not None:
         scores = (scores / problem.softcap).tanh() * problem.softcap
-    visible = x.mask
-    if visible is None and band(problem) != (None, None):
-        visible = _band_mask(problem.Lq, problem.Lk, *band(problem), x.q.device.type)
-    return scores if visible is None else scores.masked_fill(~visible, float("-inf"))
+    seen = visible(problem, x)
+    return scores if seen is None else scores.masked_fill(~seen, float("-inf"))
 
 
 def _spelled_out(problem: Problem, x: Inputs) -> Tensor:
@@ -165,16 +180,16 @@ def flex(problem: Problem) -> Implementation:
 
         dense = x.mask
         if dense is not None:
-            visible: Callable = lambda b, h, i, j: dense[i, j]
+            seen: Callable = lambda b, h, i, j: dense[i, j]
         elif lo is not None and hi is not None:
-            visible = lambda b, h, i, j: (j - i >= lo) & (j - i <= hi)
+            seen = lambda b, h, i, j: (j - i >= lo) & (j - i <= hi)
         elif hi is not None:
-            visible = lambda b, h, i, j: j - i <= hi
+            seen = lambda b, h, i, j: j - i <= hi
         elif lo is not None:
-            visible = lambda b, h, i, j: j - i >= lo
+            seen = lambda b, h, i, j: j - i >= lo
         else:
             return None
-        return create_block_mask(visible, None, None, problem.Lq, problem.Lk, device=x.q.device)
+        return create_block_mask(seen, None, None, problem.Lq, problem.Lk, device=x.q.device)
 
     return compiled_flex(block_mask, problem.softcap)
 

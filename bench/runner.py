@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastattn import UnsupportedError
 from fastattn.testing import tolerances
-from fastattn.testing.timing import Samples, captured, interleave, ratio
+from fastattn.testing.timing import CallFailed, Samples, captured, interleave, ratio
 
 from . import memory
 from .case import Case, Goal, Implementation, NotAvailable
@@ -96,8 +96,11 @@ class Result:
 def check(case: Case, implementations: dict[str, Implementation]) -> dict[str, Outcome]:
     """Every implementation against fp64; all but the baseline also against the baseline's own error."""
     module = OPS[case.op]
-    inputs = module.make(case)[0]
-    golden = module.golden(case, inputs)
+    try:
+        inputs = module.checked(case, module.make(case)[0])
+        golden = module.golden(case, inputs)
+    except Exception as error:  # too large for this machine
+        return {name: Outcome("n/a", f"cannot be checked here: {first_line(error)}") for name in implementations}
     limit = RMS_SLACK * tolerances.RMS_LIMIT[module.DTYPES[case.dtype]]
     factor = tolerances.GRAD_FACTOR if case.backward else tolerances.OUT_FACTOR
     baseline: dict[str, Tensor] | None = None
@@ -187,13 +190,33 @@ def measure(
     """Interleaved rounds of what is right, then its peak memory. Backward: only the backward is inside the clock."""
     case = result.case
     with calls_of(result, implementations, graph) as calls:
-        for name, samples in interleave(calls, device=case.device, rounds=rounds, budget=budget).items():
+        for name, samples in _interleave_what_runs(result, calls, rounds, budget).items():
             result.outcomes[name].samples = samples
+    if not any(outcome.samples for outcome in result.outcomes.values()):
+        return
     inputs = OPS[case.op].make(case)[0]
     with torch.set_grad_enabled(case.backward):
         for name, outcome in result.outcomes.items():
             if outcome.samples is not None:
                 outcome.extra_bytes = memory.peak_extra(_once(case, implementations[name], inputs), case.device)
+
+
+def _interleave_what_runs(
+    result: Result, calls: dict[str, Callable[[], object]], rounds: int | None, budget: float
+) -> dict[str, Samples]:
+    """Starts again without the one that has failed, which becomes n/a."""
+    while calls:
+        try:
+            return interleave(calls, device=result.case.device, rounds=rounds, budget=budget)
+        except CallFailed as failure:
+            assert failure.__cause__ is not None
+            _give_up(result.outcomes[failure.name], failure.__cause__)
+            del calls[failure.name]
+    return {}
+
+
+def _give_up(outcome: Outcome, error: BaseException) -> None:
+    outcome.status, outcome.reason = "n/a", first_line(error)
 
 
 @contextmanager
@@ -204,20 +227,23 @@ def calls_of(
 
     `graph`: replays of CUDA graphs. What fails here becomes n/a.
     """
-    case = result.case
-    copies, turn = OPS[case.op].make(case), count()
+    case, turn = result.case, count()
     calls: dict[str, Callable[[], object]] = {}
+    right = {name: one for name, one in implementations.items() if result.outcomes[name].status == "ok"}
+    try:
+        copies = OPS[case.op].make(case) if right else []
+    except Exception as error:
+        for name in right:
+            _give_up(result.outcomes[name], error)
+        right = {}
     with torch.set_grad_enabled(case.backward):
-        for name, implementation in implementations.items():
-            outcome = result.outcomes[name]
-            if outcome.status != "ok":
-                continue
+        for name, implementation in right.items():
             try:
                 call = _timed(case, implementation, copies, turn)
                 call = captured(call) if graph else call
                 call()
             except Exception as error:  # out of memory: here the graphs of all implementations are alive at once
-                outcome.status, outcome.reason = "n/a", first_line(error)
+                _give_up(result.outcomes[name], error)
             else:
                 calls[name] = call
         yield calls

@@ -156,7 +156,7 @@ def ci_cases() -> list[Case]:
 
 CASES = (*cpu_cases(), *ci_cases(), *gpu_cases())
 
-make, leaves, pick = softmax.make, softmax.leaves, softmax.pick
+make, leaves, checked, pick = softmax.make, softmax.leaves, softmax.checked, softmax.pick
 
 
 def golden(case: Case, inputs: Inputs) -> dict[str, Tensor]:
