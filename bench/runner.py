@@ -67,12 +67,12 @@ class Result:
         return None if rate is None or not self.roof else rate / self.roof
 
     def ratio_met(self, goal: Goal) -> bool | None:
-        """A ratio to another, or a difference to the baseline; None where none is asked for, or the other has no time."""
+        """A ratio to another, or a difference to the baseline; None where none is asked for, or it cannot be judged."""
         if goal.ratio is None and goal.slower_by_us is None:
             return None
         ours, other = self.ours.samples, goal.against or self.baseline
         if ours is None:
-            return False
+            return self._untimed()
         theirs = self.outcomes[other].samples if other in self.outcomes else None
         if theirs is None:
             return None
@@ -85,7 +85,11 @@ class Result:
         if goal.of_peak is None:
             return None
         share = self.of_peak(self.ours)
-        return share is not None and share >= goal.of_peak
+        return share >= goal.of_peak if share is not None else self._untimed()
+
+    def _untimed(self) -> bool | None:
+        """What is wrong or n/a has missed its goals; what is right and has no time, or no roof, is not judged."""
+        return None if self.ours.status == "ok" else False
 
     def must_met(self) -> bool | None:
         """Both parts of the least that is accepted; None where there is no such least."""

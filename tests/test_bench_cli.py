@@ -17,6 +17,7 @@ import fastattn
 from fastattn import masks
 from fastattn.bench import __main__ as cli
 from fastattn.bench import mask_expression, peaks, progress, runner, schema, session
+from fastattn.bench.case import Goal
 from fastattn.bench.cases import OPS, free, models, softmax
 from fastattn.testing.timing import Samples
 
@@ -180,8 +181,8 @@ def test_models_have_their_published_shapes():
 
 
 def small_cases():
-    problem = softmax.square(16, H=2, D=8)
-    return [softmax.case(f"case {i}", problem, "fp32", presets=("quick",)) for i in range(3)]
+    problem, goal = softmax.square(16, H=2, D=8), Goal(1e-6, 1e-6)
+    return [softmax.case(f"case {i}", problem, "fp32", goal, must=goal, presets=("quick",)) for i in range(3)]
 
 
 @pytest.mark.parametrize("stage", ["check", "measure"])
@@ -201,9 +202,12 @@ def test_an_interrupted_run_leaves_a_valid_json(monkeypatch, tmp_path, capsys, s
     report = schema.load(path)
     printed = capsys.readouterr().out
     assert report["interrupted"] and "what is done is kept" in printed
-    assert ("Speed, medians" in printed) == (stage == "measure")
+    assert ("Speed, medians" in printed) == (stage == "measure") and "MISSED" not in printed
     timed = [result["case"] for result in report["results"] if result["implementations"]["fastattn"]["ms"]]
     assert timed == ([] if stage == "check" else ["case 0", "case 1"])
+    judged = {result["case"]: (result["ratio_met"], result["must_met"]) for result in report["results"]}
+    assert judged == {name: (True, True) if name in timed else (None, None) for name in judged}
+    assert all(result["peak_met"] is None for result in report["results"] if result["case"] not in timed)
     assert len(report["results"]) == (2 if stage == "check" else 3)
 
 
@@ -226,11 +230,13 @@ def test_check_times_nothing_and_finds_what_is_wrong(monkeypatch, tmp_path):
     path = tmp_path / "check.json"
     monkeypatch.setattr(cli, "all_cases", small_cases)
     assert cli.main(["check", "--preset", "quick", "--json", str(path)]) == 0
-    assert [result["ratio"] for result in schema.load(path)["results"]] == [None] * 3
+    judged = [[r[key] for key in ("ratio", "ratio_met", "peak_met", "must_met")] for r in schema.load(path)["results"]]
+    assert judged == [[None] * 4] * 3
     honest = softmax.implementations
     broken = lambda case, *rest: honest(case, *rest) | {"fastattn": softmax.Implementation(lambda x: x.q * 0)}
     monkeypatch.setattr(softmax, "implementations", broken)
-    assert cli.main(["check", "--preset", "quick"]) == 1
+    assert cli.main(["check", "--preset", "quick", "--json", str(path)]) == 1
+    assert [(r["ratio_met"], r["peak_met"]) for r in schema.load(path)["results"]] == [(False, False)] * 3
 
 
 def test_wrong_is_red_on_a_terminal_and_plain_elsewhere(monkeypatch, capsys):
