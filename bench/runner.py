@@ -35,6 +35,11 @@ class Outcome:
     samples: Samples | None = None
     extra_bytes: int | None = None  # at the peak of one call, results included; backward cases: with the forward
 
+    @property
+    def unchecked(self) -> bool:
+        """It computes something else and is there for its time."""
+        return self.status == "ok" and self.rms_error is None
+
 
 @dataclass
 class Result:
@@ -110,18 +115,10 @@ def check(case: Case, implementations: dict[str, Implementation]) -> dict[str, O
     baseline: dict[str, Tensor] | None = None
     outcomes = {}
     for i, (name, implementation) in enumerate(implementations.items()):
-        if implementation.other:
-            outcomes[name] = Outcome("ok", kernel=implementation.kernel(inputs))
+        outcomes[name] = outcome = Outcome("ok")
+        results = _once_checked(case, implementation, inputs, outcome)
+        if results is None:
             continue
-        try:
-            with _threads(implementation.threads):
-                results = _results(case, implementation, inputs)
-                kernel = implementation.kernel(inputs)
-        except Exception as error:
-            excused = implementation.peer or isinstance(error, UnsupportedError)
-            outcomes[name] = Outcome("n/a" if excused else "wrong", first_line(error))
-            continue
-        outcomes[name] = outcome = Outcome("ok", kernel=kernel)
         try:
             outcome.rms_error = max(tolerances.rms_ratio(results[n], golden[n]) for n in golden)
             outcome.max_error = max(tolerances.max_error(results[n], golden[n]) for n in golden)
@@ -140,6 +137,23 @@ def check(case: Case, implementations: dict[str, Implementation]) -> dict[str, O
             if implementation.peer and outcome.status == "wrong":  # no worse than promised: less exact, and shown so
                 outcome.status, outcome.reason = "ok", ""
     return outcomes
+
+
+def _once_checked(
+    case: Case, implementation: Implementation, inputs: Any, outcome: Outcome
+) -> dict[str, Tensor] | None:
+    """Its results; None where it fails, or computes something else."""
+    try:
+        with _threads(implementation.threads):
+            outcome.kernel = implementation.kernel(inputs)
+            if not implementation.other:
+                return _results(case, implementation, inputs)
+            with torch.no_grad():
+                implementation.call(inputs)
+    except Exception as error:
+        excused = implementation.peer or implementation.other or isinstance(error, UnsupportedError)
+        outcome.status, outcome.reason, outcome.kernel = "n/a" if excused else "wrong", first_line(error), ""
+    return None
 
 
 def first_line(error: BaseException) -> str:

@@ -1,56 +1,27 @@
-"""Results as text: a rich table on a terminal, aligned plain lines anywhere else."""
+"""Results in words and tables."""
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from .case import Case, Goal
+from .columns import GREEN, RED, Cell, show
 from .gpt import EARLY_STEPS
 from .runner import Outcome, Result
 
-RED, GREEN = "red", "green"
 LONGEST_REASON = 100  # characters; the JSON has all
-Cell = tuple[str, str]  # text, colour or ""
-
-
-def show(title: str, header: list[str], rows: list[list[Cell]], left: tuple[int, ...] = (0, -1)) -> None:
-    """`left`: the columns that are not numbers."""
-    words = {i % len(header) for i in left}
-    if sys.stdout.isatty():
-        try:
-            from rich.console import Console
-            from rich.table import Table
-            from rich.text import Text
-        except ImportError:
-            pass
-        else:
-            table = Table(title=title, title_justify="left")
-            for i, name in enumerate(header):
-                table.add_column(name, justify="left" if i in words else "right")
-            for row in rows:
-                table.add_row(*(Text(text, style=colour) for text, colour in row))
-            Console().print(table)
-            return
-    widths = [max(len(name), *(len(row[i][0]) for row in rows)) for i, name in enumerate(header)] if rows else []
-
-    def line(cells: list[str]) -> str:
-        padded = (c.ljust(w) if i in words else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths)))
-        return "  ".join(padded).rstrip()
-
-    print(f"\n{title}")
-    print(line(header))
-    for row in rows:
-        print(line([text for text, _ in row]))
 
 
 def speed(results: list[Result], peaks: dict[str, Any] | None) -> None:
     """One row per implementation of each case; `ours is` says how many times faster fastattn is than that one."""
     if peaks is not None:
         show_peaks(peaks)
-    header = "case|implementation|ms (p20-p80)|rate|% of roof|ours is|extra MiB|error|goal||kernel".split("|")
-    title = "Speed, medians of interleaved rounds; rate in GFLOP/s, or GB/s where memory is the bound"
-    show(title, header, [row for result in results for row in _rows(result)], (0, 1, -2, -1))
+    header = "case|who|ms (p20-p80)|rate|of roof|ours is|MiB|error|goal||kernel".split("|")
+    title = (
+        "Speed, medians of interleaved rounds; rate in GFLOP/s, or GB/s where memory is the bound; MiB at the peak of a call\n"
+        "Error: the largest over that of the case's first row, or the RMS where the first row has none"
+    )
+    show(title, header, [row for result in results for row in _rows(result)], (0, 1, -3, -2, -1), below=3)
     judged = [met for r in results for met in (r.ratio_met(r.case.goal), r.peak_met(r.case.goal)) if met is not None]
     if judged:
         print(f"goals met: {sum(judged)} of {len(judged)}")
@@ -68,6 +39,8 @@ def verdicts(result: Result) -> str:
 
 
 def _verdict(name: str, outcome: Outcome, baseline: str) -> str:
+    if outcome.unchecked:
+        return f"{name} not checked: it computes something else"
     text = f"{name} {outcome.status}"
     if outcome.rms_error is not None:
         text += f", rms {outcome.rms_error:.0e}"
@@ -121,6 +94,8 @@ def _ms(outcome: Outcome) -> Cell:
 def _error(outcome: Outcome) -> str:
     if outcome.error_vs_baseline is not None:
         return f"{outcome.error_vs_baseline:.2f}x"
+    if outcome.unchecked:
+        return "unchecked"
     return "" if outcome.rms_error is None else f"rms {outcome.rms_error:.0e}"
 
 
