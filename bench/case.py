@@ -56,6 +56,7 @@ class Implementation:
     threads: int | None = None  # None: as many as the run has
     peer: bool = False  # someone else's code: whatever it raises means "n/a", not "broken"
     other: bool = False  # a yardstick of time that computes something else: it is not checked
+    blhd: bool = False  # its tensors are [B, L, H, D]: they are laid out so before the clock starts
     timed: Callable[[Any], object] | None = None  # what the clock sees, where the case does not say it
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -19,6 +19,7 @@ from . import memory
 from .case import Case, Goal, Implementation, NotAvailable
 from .cases import OPS
 
+SEQUENCES = ("q", "k", "v", "dout", "decay", "beta")  # [B, H, L, ...]
 RMS_SLACK = 10  # a result is wrong, whoever made it, beyond this multiple of the RMS error the project promises
 
 
@@ -149,7 +150,7 @@ def _once_checked(
             if not implementation.other:
                 return _results(case, implementation, inputs)
             with torch.no_grad():
-                implementation.call(inputs)
+                implementation.call(_laid_out(implementation, inputs))
     except Exception as error:
         excused = implementation.peer or implementation.other or isinstance(error, UnsupportedError)
         outcome.status, outcome.reason, outcome.kernel = "n/a" if excused else "wrong", first_line(error), ""
@@ -177,13 +178,31 @@ def _against_baseline(outcome: Outcome, results, baseline, golden, dtype: torch.
 def _results(case: Case, implementation: Implementation, inputs: Any) -> dict[str, Tensor]:
     """What one implementation computes, cut to what the golden run covers."""
     module = OPS[case.op]
+    laid_out = _laid_out(implementation, inputs)
     with torch.set_grad_enabled(case.backward):
-        out = implementation.call(inputs)
+        out = implementation.call(laid_out)
     if not case.backward:
-        return {"out": module.pick(case, "out", out)}
-    leaves = module.leaves(inputs)
-    grads = torch.autograd.grad(out, tuple(leaves.values()), inputs.dout)
-    return {name: module.pick(case, name, grad) for name, grad in zip(leaves, grads)}
+        results = {"out": out}
+    else:
+        leaves = module.leaves(laid_out)
+        results = dict(zip(leaves, torch.autograd.grad(out, tuple(leaves.values()), laid_out.dout)))
+    return {
+        name: module.pick(case, name, t.transpose(1, 2) if implementation.blhd else t) for name, t in results.items()
+    }
+
+
+def _laid_out(implementation: Implementation, inputs: Any) -> Any:
+    """The inputs as it wants them: [B, H, L, D], or copies as [B, L, H, D]."""
+    if not implementation.blhd:
+        return inputs
+    given = {name: getattr(inputs, name, None) for name in SEQUENCES}
+    return inputs._replace(
+        **{
+            name: t.detach().transpose(1, 2).contiguous().requires_grad_(t.requires_grad)
+            for name, t in given.items()
+            if t is not None
+        }
+    )
 
 
 @contextmanager
@@ -212,11 +231,12 @@ def measure(
             result.outcomes[name].samples = samples
     if not any(outcome.samples for outcome in result.outcomes.values()):
         return
-    inputs = OPS[case.op].make(case)[0]
-    with torch.set_grad_enabled(case.backward):
+    with suppress(RuntimeError, MemoryError), torch.set_grad_enabled(case.backward):  # no room: not known
+        inputs = OPS[case.op].make(case)[0]
         for name, outcome in result.outcomes.items():
             if outcome.samples is not None:
-                outcome.extra_bytes = memory.peak_extra(_once(case, implementations[name], inputs), case.device)
+                call = _once(case, implementations[name], _laid_out(implementations[name], inputs))
+                outcome.extra_bytes = memory.peak_extra(call, case.device)
 
 
 def _interleave_what_runs(
@@ -269,6 +289,7 @@ def calls_of(
 
 def _timed(case: Case, implementation: Implementation, copies: list[Any], turn: Iterator[int]) -> Callable[[], object]:
     """What the clock sees."""
+    copies = [_laid_out(implementation, inputs) for inputs in copies]
     if case.backward and implementation.timed is None:
         run = _backward(case, implementation, copies[0])
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -168,8 +168,11 @@ def peers(case: Case) -> dict[str, Callable[[], Implementation]]:
     """Everyone who can be asked for by name; made when called."""
     problem = case.problem
     others = {"dense": _dense, "torch": _torch, "flex": _flex, "natten": _natten}
+    bands = {"flash_attn": everyone.flash_attn, "xformers": everyone.xformers}
     return {
         **{name: partial(make, problem) for name, make in others.items()},
+        **{name: partial(_torch, problem, name) for name in everyone.TORCH_BACKENDS},
+        **{name: partial(_of_band, problem, make) for name, make in bands.items()},
         **{name: partial(_backend, problem, name) for name in everyone.BACKENDS},
     }
 
@@ -199,16 +202,45 @@ def _dense(problem: Problem) -> Implementation:
     )
 
 
-def _torch(problem: Problem) -> Implementation:
+def _torch(problem: Problem, name: str | None = None) -> Implementation:
+    """torch's function, or one of its backends."""
+
     @cache
     def visible(device: str) -> Tensor:
         return mask_of(problem).to_dense(problem.Lq, problem.Lk).to(device)
 
-    def attend(x: Inputs) -> Tensor:
-        gqa = problem.Hq != problem.Hk
-        return everyone.torch_attention(x.q, x.k, x.v, attn_mask=visible(x.q.device.type), enable_gqa=gqa)
+    def masked(x: Inputs) -> Inputs:
+        return x._replace(mask=visible(x.q.device.type))
 
-    return Implementation(attend, lambda x: "torch's choice, dense bool mask", peer=True)
+    whole = everyone.torch_sdpa(problem, name)
+    return replace(
+        whole, call=lambda x: whole.call(masked(x)), kernel=lambda x: f"{whole.kernel(masked(x))}, dense bool mask"
+    )
+
+
+def _of_band(problem: Problem, make: Callable[[Problem], Implementation]) -> Implementation:
+    """Someone who takes the mask as a window of a softmax problem, or not at all."""
+    band = _band(mask_of(problem), problem.Lk - problem.Lq)
+    return everyone.unavailable("it takes no such mask") if band is None else make(replace(problem, window=band))
+
+
+def _band(mask: masks.Mask, shift: int) -> tuple[int | None, int | None] | None:
+    """So many tokens to the left and right of i + shift; None: no band."""
+    if isinstance(mask, masks.full):
+        return None, None
+    if isinstance(mask, masks.causal):
+        return None, 0 if mask.alignment == "bottom_right" else -shift
+    if isinstance(mask, masks.window):
+        return mask.left, mask.right
+    parts = [_band(part, shift) for part in getattr(mask, "masks", ())] if type(mask).__name__ == "And" else [None]
+    if None in parts:
+        return None
+    left, right = zip(*(part for part in parts if part is not None))
+    return _least(left), _least(right)
+
+
+def _least(sides: tuple[int | None, ...]) -> int | None:
+    return min((side for side in sides if side is not None), default=None)
 
 
 def _flex(problem: Problem) -> Implementation:
@@ -231,9 +263,9 @@ def _natten(problem: Problem) -> Implementation:
         package = installed("natten")
         if not isinstance(mask, masks.neighborhood):
             raise NotAvailable("natten computes neighborhood masks only")
-        q, k, v = (t.transpose(1, 2).unflatten(1, mask.grid) for t in x[:3])
+        q, k, v = (t.unflatten(1, mask.grid) for t in x[:3])
         attention = getattr(package, f"na{len(mask.grid)}d")
         out = attention(q, k, v, kernel_size=mask.kernel, dilation=mask.dilation)
-        return out.flatten(1, len(mask.grid)).transpose(1, 2)
+        return out.flatten(1, len(mask.grid))
 
-    return Implementation(attend, lambda x: "natten package", peer=True)
+    return Implementation(attend, lambda x: "natten package", peer=True, blhd=True)

@@ -279,4 +279,4 @@ def implementations(case: Case, backend: str = "auto", names: tuple[str, ...] = 
     if case.extra == "threads":
         return {"1 thread": replace(ours, threads=1), "fastattn": replace(ours, threads=2)}
     baseline = {"torch": everyone.torch_sdpa(case.problem)}
-    return everyone.together(baseline, ours, peers(case), (*case.peers, *names))
+    return everyone.together(baseline, ours, peers(case), (*case.peers, *names), ("natten",))
