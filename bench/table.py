@@ -158,7 +158,8 @@ def memory(report: dict[str, Any]) -> None:
     print(f"  {report['seconds']:.1f} s")
 
 
-def mask_building(report: list[dict[str, Any]]) -> None:
+def mask_building_table(report: list[dict[str, Any]]) -> tuple[list[str], list[list[Cell]]]:
+    """Header and rows."""
     rows: list[list[Cell]] = []
     for entry in report:
         ours, flex = entry["ms"]["fastattn"], entry["ms"].get("flex")
@@ -170,8 +171,11 @@ def mask_building(report: list[dict[str, Any]]) -> None:
             f"{entry['runs']} runs, {entry['bit_tiles']} bit tiles",
         ]
         rows.append([(cell, "") for cell in cells])
-    header = ["causal & documents & window", "ours ms", "flex ms", "plan MiB", "plan"]
-    show("Building a mask, one thread; flex = create_block_mask without compiling", header, rows)
+    return ["causal & documents & window", "ours ms", "flex ms", "plan MiB", "plan"], rows
+
+
+def mask_building(report: list[dict[str, Any]]) -> None:
+    show("Building a mask, one thread; flex = create_block_mask without compiling", *mask_building_table(report))
 
 
 def gpt(report: dict[str, Any]) -> None:
@@ -192,8 +196,9 @@ def gpt(report: dict[str, Any]) -> None:
     print("\n".join(lines))
 
 
-def lm(report: dict[str, Any]) -> None:
-    config, loss, held_out = report["config"], report["loss"], report["held_out_loss"]
+def lm_table(report: dict[str, Any]) -> tuple[list[str], list[list[Cell]]]:
+    """Header and rows."""
+    loss, held_out = report["loss"], report["held_out_loss"]
     rows: list[list[Cell]] = []
     for name, parameters in report["parameters"].items():
         written = report["generated"][name]
@@ -205,15 +210,20 @@ def lm(report: dict[str, Any]) -> None:
             f"{report['tokens_per_second'][name]:.0f}",
             f"{written['tokens_per_second']:.0f}",
             f"{written['cache_bytes'] / 2**10:.0f}",
-            "the same" if written["agree"] else "DIFFERENT",
         ]
-        rows.append([(cell, "") for cell in cells])
+        verdict = ("the same", "") if written["agree"] else ("DIFFERENT", RED)
+        rows.append([*((cell, "") for cell in cells), verdict])
     header = "mixer|parameters|training loss|held-out loss|trained tokens/s|written tokens/s|cache KiB|from cache and full pass"
-    title = (
-        f"A language model on real text, {report['precision']}: {config['steps']} steps, context {config['context']}"
+    return header.split("|"), rows
+
+
+def lm(report: dict[str, Any]) -> None:
+    config, unigram = report["config"], report["held_out_loss"]["character frequencies"]
+    show(
+        f"A language model on real text, {report['precision']}: {config['steps']} steps, context {config['context']}",
+        *lm_table(report),
     )
-    show(title, header.split("|"), rows)
     state = "both learned" if report["learned"] else "NOT LEARNED"
-    print(f"  {state}; held-out loss of character frequencies alone: {held_out['character frequencies']:.4f}")
+    print(f"  {state}; held-out loss of character frequencies alone: {unigram:.4f}")
     for name, written in report["generated"].items():
         print(f"  {name}: {written['text']!r}")

@@ -123,6 +123,7 @@ def test_own_cases_say_causal_and_direction():
     (["run", "--preset", "quick", "--graph"], "CUDA graphs"),
     (["run", "--json", "/no/such/folder/x.json"], "no folder"),
     (["run", "--rounds", "0"], "positive number"),
+    (["check", "--preset", "model"], "no cases to check"),
     (["run", "--backend", "abacus"], "invalid choice"),
     (["report", "/no/such/file.json"], "No such file"),
     (["compare", "a.json", "b.json", "--fail-if-slower", "much"], "expected a share"),
