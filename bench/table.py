@@ -28,8 +28,8 @@ def speed(results: list[Result], peaks: dict[str, Any] | None) -> None:
 
 
 def show_peaks(peaks: dict[str, Any]) -> None:
-    units = (("fp32 FMA", "fp32", "GFLOP/s"), ("bf16", "bf16", "GFLOP/s"), ("read", "read", "GB/s"))
-    found = ", ".join(f"{name} {peaks[key]:.0f} {unit}" for name, key, unit in units if peaks[key] is not None)
+    units = {"fp32": "GFLOP/s", "bf16": "GFLOP/s", "fp16": "GFLOP/s", "read": "GB/s"}
+    found = ", ".join(f"{name} {peaks[name]:.0f} {unit}" for name, unit in units.items() if peaks.get(name) is not None)
     print(f"\nPeaks of this run: {found} ({peaks['source']})" if found else f"\nPeaks of this run: {peaks['source']}")
 
 

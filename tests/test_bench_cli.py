@@ -19,7 +19,7 @@ from fastattn.bench import __main__ as cli
 from fastattn.bench import mask_expression, peaks, progress, runner, schema, session
 from fastattn.bench.case import Goal
 from fastattn.bench.cases import OPS, free, models, softmax
-from fastattn.testing.timing import Samples
+from fastattn.testing.timing import FEWEST_ROUNDS, Samples
 
 
 @pytest.fixture(autouse=True)
@@ -169,6 +169,16 @@ def test_importing_the_bench_builds_no_mask():
     assert done.stdout.strip() == "blocks was built", done.stderr
 
 
+def test_the_quick_preset_fits_a_minute_of_two_cores():
+    """Of two implementations a check, three calls to warm up, at least five rounds and one for memory, at 50 GFLOP/s;
+    fp64 of as many scores as are formed at 10; ten seconds to start and to measure peaks."""
+    cases = [case for case in OPS["softmax"].CASES if "quick" in case.presets]
+    exact = sum(softmax.GOLDEN_SCORES * 2 * case.problem.D * (5 if case.backward else 2) for case in cases) / 10e9
+    calls = sum(2 * 5 * case.flops for case in cases) / 50e9
+    timed = sum(max(session.SECONDS_PER_CASE["quick"], FEWEST_ROUNDS * 2 * case.flops / 50e9) for case in cases)
+    assert len(cases) > 9 and 10 + exact + calls + timed < 60
+
+
 def test_models_have_their_published_shapes():
     shapes = {
         name: {device: layers[0].problem for device, layers in both.items()} for name, both in models.MODELS.items()
@@ -219,12 +229,14 @@ def test_the_file_is_valid_after_every_case(monkeypatch, tmp_path):
     def watched(report, to):
         honest(report, to)
         loaded = schema.load(path)
-        states.append((len(loaded["results"]), sum(bool(r["ratio"]) for r in loaded["results"])))
+        states.append((len(loaded["results"]), sum(bool(r["ratio"]) for r in loaded["results"]), loaded["interrupted"]))
 
     monkeypatch.setattr(cli, "all_cases", small_cases)
     monkeypatch.setattr(schema, "save", watched)
     assert cli.main(["run", "--preset", "quick", "--rounds", "2", "--json", str(path)]) == 0
-    assert states[:7] == [(0, 0), (1, 0), (2, 0), (3, 0), (3, 1), (3, 2), (3, 3)]
+    done = [(0, 0), (1, 0), (2, 0), (3, 0), (3, 1), (3, 2), (3, 3)]
+    assert states[:7] == [(*counts, True) for counts in done]  # a run that is killed has the file of its last case
+    assert states[-1] == (3, 3, False)
 
 
 def test_check_times_nothing_and_finds_what_is_wrong(monkeypatch, tmp_path):

@@ -112,7 +112,7 @@ def roofline(report: dict[str, Any], colours: Colours) -> str | None:
             intensity = result["flops"] / result["bytes"]
             dots.append(Dot(f"{name}, {result['case']}", intensity, rate, colours.of[name], name != "fastattn"))
             baselines[name] = colours.of[name]
-    roofs = [(name, peaks[key]) for name, key in (("fp32 FMA", "fp32"), ("bf16", "bf16")) if peaks[key]]
+    roofs = [(name, peaks[name]) for name in ("fp32", "bf16") if peaks[name]]
     if not dots or not roofs:
         return None
     return charts.roofline(
