@@ -1,5 +1,6 @@
 """README and docs say what the code says: snippets run, generated parts are up to date, pictures are there."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NOT_MEASURED = ("32 MiB",)  # a limit that the code sets
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RESULTS = sorted((ROOT / "bench" / "results").glob("*.json"))
 SNIPPETS = [
     pytest.param(snippet, id=f"{page.name}-{n}")
     for page in PAGES
@@ -38,6 +40,24 @@ def test_pictures_can_be_drawn(tmp_path):
     shown = set(re.findall(r"\]\(images/(.*?)\)", (ROOT / "docs" / "masks.md").read_text()))
     kept = {path.name: path.stat().st_size for path in (ROOT / "docs" / "images").glob("*")}
     assert drawn == shown == set(kept) and max(kept.values()) < 30_000
+
+
+def git(*arguments):
+    return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True)
+
+
+def test_the_page_says_which_published_commits_are_in_the_history():
+    if shutil.which("git") is None or git("rev-parse", "--is-shallow-repository").stdout.strip() != "false":
+        pytest.skip("no git, no checkout, or a shallow one")
+    history = git("rev-list", "HEAD").stdout.split()
+    rows = [
+        line.split(" | ")
+        for line in (ROOT / "docs" / "benchmarking.md").read_text().splitlines()
+        if ".json` | " in line
+    ]
+    said = {row[0].strip("| `"): (row[3], row[4]) for row in rows}
+    commits = {path.name: json.loads(path.read_text())["environment"]["git"]["commit"] for path in RESULTS}
+    assert said == {name: (full[:12], "yes" if full in history else "no") for name, full in commits.items()}
 
 
 MEASURED = re.compile(
