@@ -232,15 +232,14 @@ def _band(mask: masks.Mask, shift: int) -> tuple[int | None, int | None] | None:
         return None, 0 if mask.alignment == "bottom_right" else -shift
     if isinstance(mask, masks.window):
         return mask.left, mask.right
-    parts = [_band(part, shift) for part in getattr(mask, "masks", ())] if type(mask).__name__ == "And" else [None]
-    if None in parts:
+    if type(mask).__name__ != "And":
         return None
-    left, right = zip(*(part for part in parts if part is not None))
-    return _least(left), _least(right)
-
-
-def _least(sides: tuple[int | None, ...]) -> int | None:
-    return min((side for side in sides if side is not None), default=None)
+    parts = [_band(part, shift) for part in mask.masks]  # type: ignore[attr-defined]
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return None
+    left, right = (min((side for side in sides if side is not None), default=None) for sides in zip(*known))
+    return left, right
 
 
 def _flex(problem: Problem) -> Implementation:
