@@ -144,6 +144,10 @@ def measure(args: argparse.Namespace) -> int:
     with refusals():
         cases = select(args)
         check_names(args.impl)
+        if args.command == "check" and args.preset in session.WITHOUT_CASES:
+            raise ValueError(
+                f"preset {args.preset} has no cases to check: `run` trains it, and judges its losses and words"
+            )
         if args.graph and any(case.device != "cuda" for case in cases):
             raise ValueError("--graph replays CUDA graphs: these cases run on the CPU")
         if args.json and not Path(args.json).parent.is_dir():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from typing import Any
 
@@ -26,7 +27,7 @@ class Case:
     dtype: str
     backward: bool = False
     with_forward: bool = False  # of a backward case: the forward pass is inside the clock as well
-    flops: float = 0.0
+    count: Callable[[], float] = float  # its FLOPs, asked for when first needed: a long mask takes seconds to count
     bytes: float = 0.0
     bound: str = "compute"  # or "memory" (read), "update" (read and written): which peak limits it
     goal: Goal = Goal()
@@ -34,8 +35,16 @@ class Case:
     presets: tuple[str, ...] = ("cpu",)
     device: str = "cpu"
     peers: tuple[str, ...] = ()  # implementations that always run, next to the baseline and fastattn
-    details: dict[str, Any] = field(default_factory=dict)  # shapes and options as plain data, for the JSON
+    describe: Callable[[], dict[str, Any]] = dict  # shapes and options as plain data, for the JSON
     extra: str = ""  # what the op module has to know beyond the problem
+
+    @cached_property
+    def flops(self) -> float:
+        return self.count()
+
+    @cached_property
+    def details(self) -> dict[str, Any]:
+        return self.describe()
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,7 @@ class Implementation:
     threads: int | None = None  # None: as many as the run has
     peer: bool = False  # someone else's code: whatever it raises means "n/a", not "broken"
     other: bool = False  # a yardstick of time that computes something else: it is not checked
+    blhd: bool = False  # its tensors are [B, L, H, D]: they are laid out so before the clock starts
     timed: Callable[[Any], object] | None = None  # what the clock sees, where the case does not say it
 
 

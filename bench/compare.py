@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from .columns import GREEN, Cell, show
 from .progress import RED, say
-from .table import GREEN, Cell, show
 
 NOTCH = 1.57  # median +- 1.57 iqr / sqrt(n): 95% for reports that hold no interval of their own
 DOUBT = 0.05  # what counts as a difference where no limit is given

@@ -196,6 +196,14 @@ def disturbances(before: Usage, after: Usage) -> list[str]:
     return found
 
 
+def _named(smi: str | None) -> str:
+    """The answer of nvidia-smi with the name of each field; several GPUs answer one line each, the first is ours."""
+    if smi is None:
+        return "nvidia-smi does not answer"
+    names = (name.replace(".", " ").replace("_", " ") for name in SMI_FIELDS.split(","))
+    return ", ".join(f"{name} {value.strip()}" for name, value in zip(names, smi.partition("\n")[0].split(",")))
+
+
 def lines(environment: dict[str, Any]) -> list[str]:
     """The block printed above every run."""
     versions = "  ".join(f"{name} {value}" for name, value in environment["versions"].items() if value)
@@ -214,6 +222,6 @@ def lines(environment: dict[str, Any]) -> list[str]:
         text.append("set: " + " ".join(f"{n}={v}" for n, v in environment["variables"].items()))
     if gpu:
         text.append(
-            f"GPU {gpu['name']}, sm {gpu['capability']}, {gpu['memory_gb']} GB, CUDA {gpu['cuda']}, {gpu['smi']}"
+            f"GPU {gpu['name']}, sm {gpu['capability']}, {gpu['memory_gb']} GB, CUDA {gpu['cuda']}, {_named(gpu['smi'])}"
         )
     return text + [f"warning: {warning}" for warning in environment["warnings"]]

@@ -36,20 +36,20 @@ def peak_extra(call: Callable[[], object], device: str) -> int | None:
 
     On the CPU the pages of the process: what malloc has kept is handed back first, or it would hide as much.
     """
-    if device == "cuda":
-        import torch
-
-        torch.cuda.reset_peak_memory_stats()
-        allocated = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - allocated
     try:
+        if device == "cuda":
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
+            allocated = torch.cuda.memory_allocated()
+            call()
+            return torch.cuda.max_memory_allocated() - allocated
         ctypes.CDLL(None).malloc_trim(0)
         RESET.write_text("5")
         before = _resident("VmRSS")
         call()
         return max(0, _resident("VmHWM") - before)
-    except (OSError, AttributeError, RuntimeError):
+    except (OSError, AttributeError, RuntimeError, MemoryError):
         return None
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,20 +24,20 @@ class Peaks:
     bf16: float | None = None
     read: float | None = None
     source: str = ""
+    fp16: float | None = None  # where it differs from fp32's
 
     def of(self, dtype: str, bound: str) -> float | None:
         """The peak that limits a case. A CPU without fp16 arithmetic computes fp16 in fp32."""
         if bound != "compute":
             return self.read
-        return self.bf16 if dtype == "bf16" or self.fp32 is None else self.fp32
+        return {"fp32": self.fp32, "bf16": self.bf16, "fp16": self.fp16 or self.fp32}[dtype]
 
     def best(self, other: Peaks) -> Peaks:
         def larger(a: float | None, b: float | None) -> float | None:
             return max((x for x in (a, b) if x is not None), default=None)
 
-        return Peaks(
-            larger(self.fp32, other.fp32), larger(self.bf16, other.bf16), larger(self.read, other.read), self.source
-        )
+        numbers = {name: larger(getattr(self, name), getattr(other, name)) for name in ("fp32", "bf16", "read", "fp16")}
+        return Peaks(**numbers, source=self.source)
 
 
 def measure(device: str, threads: int) -> Peaks:
@@ -73,11 +75,19 @@ def _cpu(threads: int) -> Peaks:
 
 
 def _cuda() -> Peaks:
-    """bf16 matmul and device copy: what a kernel can be expected to reach, not the data sheet."""
-    n, size = 8192, 2 << 30
-    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    """Matmuls and device copy: what a kernel can be expected to reach, not the data sheet. fp32 without TF32."""
+    n, size = {"float32": 4096, "bfloat16": 8192, "float16": 8192}, 2 << 30
     source, target = (torch.empty(size, dtype=torch.int8, device="cuda") for _ in range(2))
-    samples = interleave({"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}, device="cuda", budget=1.0)
-    matmul = 2e-9 * n**3 / samples["matmul"].quantile(0.2)
+    calls: dict[str, Callable[[], object]] = {"copy": lambda: target.copy_(source)}
+    for name, length in n.items():
+        factors = torch.randn(2, length, length, device="cuda", dtype=getattr(torch, name))
+        calls[name] = partial(torch.matmul, *factors)
+    allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+    try:
+        samples = interleave(calls, device="cuda", budget=1.0)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+    fp32, bf16, fp16 = (2e-9 * length**3 / samples[name].quantile(0.2) for name, length in n.items())
     copy = 2e-9 * size / samples["copy"].quantile(0.2)
-    return Peaks(None, matmul, copy, f"bf16 matmul {n}^3 and copy on {torch.cuda.get_device_name()}")
+    where = f"matmuls of 4096 (fp32 without TF32) and 8192, and copy on {torch.cuda.get_device_name()}"
+    return Peaks(fp32, bf16, copy, where, fp16)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache, partial
 from typing import Any
 from unittest.mock import patch
@@ -83,8 +83,25 @@ def band(problem: Problem) -> tuple[int | None, int | None]:
 @cache
 def _band_mask(Lq: int, Lk: int, lo: int | None, hi: int | None, device: str) -> Tensor:
     """A band as torch has to be given it: a dense bool mask."""
-    offset = torch.arange(Lk, device=device)[None, :] - torch.arange(Lq, device=device)[:, None]
-    return (offset >= (-Lq if lo is None else lo)) & (offset <= (Lk if hi is None else hi))
+    return _in_band(torch.arange(Lq, device=device), Lk, lo, hi)
+
+
+def _in_band(rows: Tensor, Lk: int, lo: int | None, hi: int | None) -> Tensor:
+    offset = torch.arange(Lk, device=rows.device)[None, :] - rows[:, None]
+    return (offset >= (-rows[-1] if lo is None else lo)) & (offset <= (Lk if hi is None else hi))
+
+
+def visible(problem: Problem, x: Inputs, rows: Tensor | None = None) -> Tensor | None:
+    """A dense bool mask of what these queries see, or all of them; None: everything."""
+    found = x.mask if x.mask is None or rows is None else x.mask.index_select(-2, rows)
+    lo, hi = band(problem)
+    if lo is None and hi is None:
+        return found
+    if rows is None:
+        inside = _band_mask(problem.Lq, problem.Lk, lo, hi, x.q.device.type)
+    else:
+        inside = _in_band(rows, problem.Lk, lo, hi)
+    return inside if found is None else inside & found
 
 
 def _dense_mask(problem: Problem, x: Inputs) -> Tensor | None:
@@ -103,13 +120,16 @@ def torch_sdpa(problem: Problem, name: str | None = None) -> Implementation:
             return unavailable("torch's function has no softcap")
         return Implementation(lambda x: _spelled_out(problem, x), lambda x: "torch operations, dense scores", peer=True)
 
-    def attend(x: Inputs) -> Tensor:
+    def given(x: Inputs) -> dict[str, Any]:
         mask = _dense_mask(problem, x)
         causal = bool(problem.causal) and (mask is None or x.mask is not None)
-        return torch_attention(x.q, x.k, x.v, attn_mask=mask, is_causal=causal, enable_gqa=problem.Hq != problem.Hk)
+        return {"attn_mask": mask, "is_causal": causal, "enable_gqa": problem.Hq != problem.Hk}
+
+    def attend(x: Inputs) -> Tensor:
+        return torch_attention(x.q, x.k, x.v, **given(x))
 
     if name is None:
-        return Implementation(attend, lambda x: "torch's choice", peer=True)
+        return Implementation(attend, lambda x: _torch_choice(x, given(x)), peer=True)
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     only = getattr(SDPBackend, TORCH_BACKENDS[name])
@@ -121,15 +141,24 @@ def torch_sdpa(problem: Problem, name: str | None = None) -> Implementation:
     return Implementation(attend_by_name, lambda x: f"torch {name}", peer=True)
 
 
+def _torch_choice(x: Inputs, given: dict[str, Any]) -> str:
+    """Which backend torch's function picks: it asks the same question. Not every version of torch can be asked."""
+    from torch.nn.attention import SDPBackend
+
+    names = {getattr(SDPBackend, theirs).value: name for name, theirs in TORCH_BACKENDS.items()}
+    try:
+        return f"torch's choice, {names[torch._fused_sdp_choice(x.q, x.k, x.v, **given)]}"
+    except (AttributeError, TypeError, RuntimeError, KeyError):
+        return "torch's choice"
+
+
 def _scores(problem: Problem, x: Inputs) -> Tensor:
     """[B, Hq, Lq, Lk], softcapped and masked."""
     scores = x.q @ x.k.repeat_interleave(problem.Hq // problem.Hk, 1).transpose(2, 3) * problem.D**-0.5
     if problem.softcap is not None:
         scores = (scores / problem.softcap).tanh() * problem.softcap
-    visible = x.mask
-    if visible is None and band(problem) != (None, None):
-        visible = _band_mask(problem.Lq, problem.Lk, *band(problem), x.q.device.type)
-    return scores if visible is None else scores.masked_fill(~visible, float("-inf"))
+    seen = visible(problem, x)
+    return scores if seen is None else scores.masked_fill(~seen, float("-inf"))
 
 
 def _spelled_out(problem: Problem, x: Inputs) -> Tensor:
@@ -165,47 +194,67 @@ def flex(problem: Problem) -> Implementation:
 
         dense = x.mask
         if dense is not None:
-            visible: Callable = lambda b, h, i, j: dense[i, j]
+            seen: Callable = lambda b, h, i, j: dense[i, j]
         elif lo is not None and hi is not None:
-            visible = lambda b, h, i, j: (j - i >= lo) & (j - i <= hi)
+            seen = lambda b, h, i, j: (j - i >= lo) & (j - i <= hi)
         elif hi is not None:
-            visible = lambda b, h, i, j: j - i <= hi
+            seen = lambda b, h, i, j: j - i <= hi
         elif lo is not None:
-            visible = lambda b, h, i, j: j - i >= lo
+            seen = lambda b, h, i, j: j - i >= lo
         else:
             return None
-        return create_block_mask(visible, None, None, problem.Lq, problem.Lk, device=x.q.device)
+        return create_block_mask(seen, None, None, problem.Lq, problem.Lk, device=x.q.device)
 
     return compiled_flex(block_mask, problem.softcap)
 
 
+def sides(problem: Problem) -> tuple[int | None, int | None]:
+    """causal and window as other packages take them: so many tokens to the left and right of i + Lk - Lq.
+
+    Errors: NotAvailable where a side is negative, or a mask is no band.
+    """
+    if problem.mask is not None:
+        raise NotAvailable("it takes no such mask")
+    lo, hi = band(problem)
+    shift = problem.Lk - problem.Lq
+    found = None if lo is None else shift - lo, None if hi is None else hi - shift
+    if any(side is not None and side < 0 for side in found):
+        raise NotAvailable("it has no such alignment")
+    return found
+
+
 def flash_attn(problem: Problem) -> Implementation:
-    """Dao's package; its tensors are [B, L, H, D], its causal is bottom-right."""
-    left, right = problem.window or (None, None)
-    sides = tuple(-1 if side is None else side for side in (left, right))
+    """Dao's package."""
 
     def attend(x: Inputs) -> Tensor:
         attention = installed("flash_attn").flash_attn_func
-        if x.mask is not None or (problem.causal == "top_left" and problem.Lq != problem.Lk):
-            raise NotAvailable("flash_attn takes no such mask")
-        q, k, v = (t.transpose(1, 2) for t in x[:3])
-        options = {"causal": bool(problem.causal), "window_size": sides, "softcap": problem.softcap or 0.0}
-        return attention(q, k, v, **options).transpose(1, 2)
+        left, right = sides(problem)
+        if (left, right) == (None, 0):
+            return attention(x.q, x.k, x.v, causal=True, softcap=problem.softcap or 0.0)
+        window = tuple(-1 if side is None else side for side in (left, right))
+        return attention(x.q, x.k, x.v, window_size=window, softcap=problem.softcap or 0.0)
 
-    return Implementation(attend, lambda x: "flash_attn package", peer=True)
+    return Implementation(attend, lambda x: "flash_attn package", peer=True, blhd=True)
 
 
 def xformers(problem: Problem) -> Implementation:
     def attend(x: Inputs) -> Tensor:
         ops = installed("xformers.ops")
-        plain = problem.window is None and problem.softcap is None and x.mask is None and problem.Hq == problem.Hk
-        if not plain or (problem.causal == "bottom_right" and problem.Lq != problem.Lk):
-            raise NotAvailable("this bench gives xformers full and causal attention of equal heads only")
-        q, k, v = (t.transpose(1, 2) for t in x[:3])
-        bias = ops.LowerTriangularMask() if problem.causal else None
-        return ops.memory_efficient_attention(q, k, v, attn_bias=bias).transpose(1, 2)
+        if problem.softcap is not None or problem.Hq != problem.Hk:
+            raise NotAvailable("this bench gives xformers equal heads without softcap only")
+        biases = ops.fmha.attn_bias
+        if problem.mask is None and band(problem) == (None, 0):
+            bias = biases.LowerTriangularMask()
+        elif (both := sides(problem)) == (None, None):
+            bias = None
+        elif both == (None, 0):
+            bias = biases.LowerTriangularFromBottomRightMask()
+        else:
+            left, right = (problem.Lk if side is None else side for side in both)
+            bias = biases.LocalAttentionFromBottomRightMask(window_left=left, window_right=right)
+        return ops.memory_efficient_attention(x.q, x.k, x.v, attn_bias=bias)
 
-    return Implementation(attend, lambda x: "xformers memory_efficient_attention", peer=True)
+    return Implementation(attend, lambda x: "xformers memory_efficient_attention", peer=True, blhd=True)
 
 
 def entmax(problem: Problem) -> Implementation:
@@ -241,10 +290,15 @@ def together(
     ours: Implementation,
     everyone: dict[str, Callable[[], Implementation]],
     names: tuple[str, ...],
+    without: Collection[str] = (),
 ) -> dict[str, Implementation]:
-    """Baseline first, fastattn last, between them who is asked for; `everyone` is whom the op knows."""
+    """Baseline first, fastattn last, between them who is asked for.
+
+    `everyone` is whom the op knows, `without` who has no such operation; of others this bench has no call.
+    """
     found = dict(baseline)
     for name in dict.fromkeys(one for asked in names for one in (everyone if asked == ALL else (asked,))):
         if name not in found and name != "fastattn":
-            found[name] = everyone[name]() if name in everyone else unavailable("it has no such operation")
+            reason = "it has no such operation" if name in without else "not wired in this bench"
+            found[name] = everyone[name]() if name in everyone else unavailable(reason)
     return found | {"fastattn": ours}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -13,12 +13,13 @@ from torch import Tensor
 
 from fastattn import UnsupportedError
 from fastattn.testing import tolerances
-from fastattn.testing.timing import Samples, captured, interleave, ratio
+from fastattn.testing.timing import CallFailed, Samples, captured, interleave, ratio
 
 from . import memory
 from .case import Case, Goal, Implementation, NotAvailable
 from .cases import OPS
 
+SEQUENCES = ("q", "k", "v", "dout", "decay", "beta")  # [B, H, L, ...]
 RMS_SLACK = 10  # a result is wrong, whoever made it, beyond this multiple of the RMS error the project promises
 
 
@@ -34,6 +35,11 @@ class Outcome:
     error_vs_baseline: float | None = None  # max error over the baseline's
     samples: Samples | None = None
     extra_bytes: int | None = None  # at the peak of one call, results included; backward cases: with the forward
+
+    @property
+    def unchecked(self) -> bool:
+        """It computes something else and is there for its time."""
+        return self.status == "ok" and self.rms_error is None
 
 
 @dataclass
@@ -67,12 +73,12 @@ class Result:
         return None if rate is None or not self.roof else rate / self.roof
 
     def ratio_met(self, goal: Goal) -> bool | None:
-        """A ratio to another, or a difference to the baseline; None where none is asked for, or the other has no time."""
+        """A ratio to another, or a difference to the baseline; None where none is asked for, or it cannot be judged."""
         if goal.ratio is None and goal.slower_by_us is None:
             return None
         ours, other = self.ours.samples, goal.against or self.baseline
         if ours is None:
-            return False
+            return self._untimed()
         theirs = self.outcomes[other].samples if other in self.outcomes else None
         if theirs is None:
             return None
@@ -85,7 +91,11 @@ class Result:
         if goal.of_peak is None:
             return None
         share = self.of_peak(self.ours)
-        return share is not None and share >= goal.of_peak
+        return share >= goal.of_peak if share is not None else self._untimed()
+
+    def _untimed(self) -> bool | None:
+        """What is wrong or n/a has missed its goals; what is right and has no time, or no roof, is not judged."""
+        return None if self.ours.status == "ok" else False
 
     def must_met(self) -> bool | None:
         """Both parts of the least that is accepted; None where there is no such least."""
@@ -96,25 +106,20 @@ class Result:
 def check(case: Case, implementations: dict[str, Implementation]) -> dict[str, Outcome]:
     """Every implementation against fp64; all but the baseline also against the baseline's own error."""
     module = OPS[case.op]
-    inputs = module.make(case)[0]
-    golden = module.golden(case, inputs)
+    try:
+        inputs = module.checked(case, module.make(case)[0])
+        golden = module.golden(case, inputs)
+    except Exception as error:  # too large for this machine
+        return {name: Outcome("n/a", f"cannot be checked here: {first_line(error)}") for name in implementations}
     limit = RMS_SLACK * tolerances.RMS_LIMIT[module.DTYPES[case.dtype]]
     factor = tolerances.GRAD_FACTOR if case.backward else tolerances.OUT_FACTOR
     baseline: dict[str, Tensor] | None = None
     outcomes = {}
     for i, (name, implementation) in enumerate(implementations.items()):
-        if implementation.other:
-            outcomes[name] = Outcome("ok", kernel=implementation.kernel(inputs))
+        outcomes[name] = outcome = Outcome("ok")
+        results = _once_checked(case, implementation, inputs, outcome)
+        if results is None:
             continue
-        try:
-            with _threads(implementation.threads):
-                results = _results(case, implementation, inputs)
-                kernel = implementation.kernel(inputs)
-        except Exception as error:
-            excused = implementation.peer or isinstance(error, UnsupportedError)
-            outcomes[name] = Outcome("n/a" if excused else "wrong", first_line(error))
-            continue
-        outcomes[name] = outcome = Outcome("ok", kernel=kernel)
         try:
             outcome.rms_error = max(tolerances.rms_ratio(results[n], golden[n]) for n in golden)
             outcome.max_error = max(tolerances.max_error(results[n], golden[n]) for n in golden)
@@ -133,6 +138,23 @@ def check(case: Case, implementations: dict[str, Implementation]) -> dict[str, O
             if implementation.peer and outcome.status == "wrong":  # no worse than promised: less exact, and shown so
                 outcome.status, outcome.reason = "ok", ""
     return outcomes
+
+
+def _once_checked(
+    case: Case, implementation: Implementation, inputs: Any, outcome: Outcome
+) -> dict[str, Tensor] | None:
+    """Its results; None where it fails, or computes something else."""
+    try:
+        with _threads(implementation.threads):
+            outcome.kernel = implementation.kernel(inputs)
+            if not implementation.other:
+                return _results(case, implementation, inputs)
+            with torch.no_grad():
+                implementation.call(_laid_out(implementation, inputs))
+    except Exception as error:
+        excused = implementation.peer or implementation.other or isinstance(error, UnsupportedError)
+        outcome.status, outcome.reason, outcome.kernel = "n/a" if excused else "wrong", first_line(error), ""
+    return None
 
 
 def first_line(error: BaseException) -> str:
@@ -156,13 +178,31 @@ def _against_baseline(outcome: Outcome, results, baseline, golden, dtype: torch.
 def _results(case: Case, implementation: Implementation, inputs: Any) -> dict[str, Tensor]:
     """What one implementation computes, cut to what the golden run covers."""
     module = OPS[case.op]
+    laid_out = _laid_out(implementation, inputs)
     with torch.set_grad_enabled(case.backward):
-        out = implementation.call(inputs)
+        out = implementation.call(laid_out)
     if not case.backward:
-        return {"out": module.pick(case, "out", out)}
-    leaves = module.leaves(inputs)
-    grads = torch.autograd.grad(out, tuple(leaves.values()), inputs.dout)
-    return {name: module.pick(case, name, grad) for name, grad in zip(leaves, grads)}
+        results = {"out": out}
+    else:
+        leaves = module.leaves(laid_out)
+        results = dict(zip(leaves, torch.autograd.grad(out, tuple(leaves.values()), laid_out.dout)))
+    return {
+        name: module.pick(case, name, t.transpose(1, 2) if implementation.blhd else t) for name, t in results.items()
+    }
+
+
+def _laid_out(implementation: Implementation, inputs: Any) -> Any:
+    """The inputs as it wants them: [B, H, L, D], or copies as [B, L, H, D]."""
+    if not implementation.blhd:
+        return inputs
+    given = {name: getattr(inputs, name, None) for name in SEQUENCES}
+    return inputs._replace(
+        **{
+            name: t.detach().transpose(1, 2).contiguous().requires_grad_(t.requires_grad)
+            for name, t in given.items()
+            if t is not None
+        }
+    )
 
 
 @contextmanager
@@ -187,13 +227,34 @@ def measure(
     """Interleaved rounds of what is right, then its peak memory. Backward: only the backward is inside the clock."""
     case = result.case
     with calls_of(result, implementations, graph) as calls:
-        for name, samples in interleave(calls, device=case.device, rounds=rounds, budget=budget).items():
+        for name, samples in _interleave_what_runs(result, calls, rounds, budget).items():
             result.outcomes[name].samples = samples
-    inputs = OPS[case.op].make(case)[0]
-    with torch.set_grad_enabled(case.backward):
+    if not any(outcome.samples for outcome in result.outcomes.values()):
+        return
+    with suppress(RuntimeError, MemoryError), torch.set_grad_enabled(case.backward):  # no room: not known
+        inputs = OPS[case.op].make(case)[0]
         for name, outcome in result.outcomes.items():
             if outcome.samples is not None:
-                outcome.extra_bytes = memory.peak_extra(_once(case, implementations[name], inputs), case.device)
+                call = _once(case, implementations[name], _laid_out(implementations[name], inputs))
+                outcome.extra_bytes = memory.peak_extra(call, case.device)
+
+
+def _interleave_what_runs(
+    result: Result, calls: dict[str, Callable[[], object]], rounds: int | None, budget: float
+) -> dict[str, Samples]:
+    """Starts again without the one that has failed, which becomes n/a."""
+    while calls:
+        try:
+            return interleave(calls, device=result.case.device, rounds=rounds, budget=budget)
+        except CallFailed as failure:
+            assert failure.__cause__ is not None
+            _give_up(result.outcomes[failure.name], failure.__cause__)
+            del calls[failure.name]
+    return {}
+
+
+def _give_up(outcome: Outcome, error: BaseException) -> None:
+    outcome.status, outcome.reason = "n/a", first_line(error)
 
 
 @contextmanager
@@ -204,20 +265,23 @@ def calls_of(
 
     `graph`: replays of CUDA graphs. What fails here becomes n/a.
     """
-    case = result.case
-    copies, turn = OPS[case.op].make(case), count()
+    case, turn = result.case, count()
     calls: dict[str, Callable[[], object]] = {}
+    right = {name: one for name, one in implementations.items() if result.outcomes[name].status == "ok"}
+    try:
+        copies = OPS[case.op].make(case) if right else []
+    except Exception as error:
+        for name in right:
+            _give_up(result.outcomes[name], error)
+        right = {}
     with torch.set_grad_enabled(case.backward):
-        for name, implementation in implementations.items():
-            outcome = result.outcomes[name]
-            if outcome.status != "ok":
-                continue
+        for name, implementation in right.items():
             try:
                 call = _timed(case, implementation, copies, turn)
                 call = captured(call) if graph else call
                 call()
             except Exception as error:  # out of memory: here the graphs of all implementations are alive at once
-                outcome.status, outcome.reason = "n/a", first_line(error)
+                _give_up(result.outcomes[name], error)
             else:
                 calls[name] = call
         yield calls
@@ -225,6 +289,7 @@ def calls_of(
 
 def _timed(case: Case, implementation: Implementation, copies: list[Any], turn: Iterator[int]) -> Callable[[], object]:
     """What the clock sees."""
+    copies = [_laid_out(implementation, inputs) for inputs in copies]
     if case.backward and implementation.timed is None:
         run = _backward(case, implementation, copies[0])
     else:

@@ -54,7 +54,7 @@ class Session:
             "gpt": [],
             "lm": None,
             "mask_building": [],
-            "interrupted": False,
+            "interrupted": True,  # until the end: a run that is killed cannot say so
             "seconds": 0.0,
         }
 
@@ -80,8 +80,8 @@ class Session:
                 for name in EXTRAS.get(self.args.preset, ()):
                     getattr(self, f"_{name}")()
                     self.save()
+            self.report["interrupted"] = False
         except KeyboardInterrupt:
-            self.report["interrupted"] = True
             say("interrupted: what is done is kept")
         warnings = self.report["environment"]["warnings"]
         warnings += environment.disturbances(self.usage, environment.usage())

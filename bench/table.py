@@ -1,64 +1,35 @@
-"""Results as text: a rich table on a terminal, aligned plain lines anywhere else."""
+"""Results in words and tables."""
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from .case import Case, Goal
+from .columns import GREEN, RED, Cell, show
 from .gpt import EARLY_STEPS
 from .runner import Outcome, Result
 
-RED, GREEN = "red", "green"
 LONGEST_REASON = 100  # characters; the JSON has all
-Cell = tuple[str, str]  # text, colour or ""
-
-
-def show(title: str, header: list[str], rows: list[list[Cell]], left: tuple[int, ...] = (0, -1)) -> None:
-    """`left`: the columns that are not numbers."""
-    words = {i % len(header) for i in left}
-    if sys.stdout.isatty():
-        try:
-            from rich.console import Console
-            from rich.table import Table
-            from rich.text import Text
-        except ImportError:
-            pass
-        else:
-            table = Table(title=title, title_justify="left")
-            for i, name in enumerate(header):
-                table.add_column(name, justify="left" if i in words else "right")
-            for row in rows:
-                table.add_row(*(Text(text, style=colour) for text, colour in row))
-            Console().print(table)
-            return
-    widths = [max(len(name), *(len(row[i][0]) for row in rows)) for i, name in enumerate(header)] if rows else []
-
-    def line(cells: list[str]) -> str:
-        padded = (c.ljust(w) if i in words else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths)))
-        return "  ".join(padded).rstrip()
-
-    print(f"\n{title}")
-    print(line(header))
-    for row in rows:
-        print(line([text for text, _ in row]))
 
 
 def speed(results: list[Result], peaks: dict[str, Any] | None) -> None:
     """One row per implementation of each case; `ours is` says how many times faster fastattn is than that one."""
     if peaks is not None:
         show_peaks(peaks)
-    header = "case|implementation|ms (p20-p80)|rate|% of roof|ours is|extra MiB|error|goal||kernel".split("|")
-    title = "Speed, medians of interleaved rounds; rate in GFLOP/s, or GB/s where memory is the bound"
-    show(title, header, [row for result in results for row in _rows(result)], (0, 1, -2, -1))
+    header = "case|who|ms (p20-p80)|rate|of roof|ours is|MiB|error|goal||kernel".split("|")
+    title = (
+        "Speed, medians of interleaved rounds; rate in GFLOP/s, or GB/s where memory is the bound; MiB at the peak of a call\n"
+        "Error: the largest over that of the case's first row, or the RMS where the first row has none"
+    )
+    show(title, header, [row for result in results for row in _rows(result)], (0, 1, -3, -2, -1), below=3)
     judged = [met for r in results for met in (r.ratio_met(r.case.goal), r.peak_met(r.case.goal)) if met is not None]
     if judged:
         print(f"goals met: {sum(judged)} of {len(judged)}")
 
 
 def show_peaks(peaks: dict[str, Any]) -> None:
-    units = (("fp32 FMA", "fp32", "GFLOP/s"), ("bf16", "bf16", "GFLOP/s"), ("read", "read", "GB/s"))
-    found = ", ".join(f"{name} {peaks[key]:.0f} {unit}" for name, key, unit in units if peaks[key] is not None)
+    units = {"fp32": "GFLOP/s", "bf16": "GFLOP/s", "fp16": "GFLOP/s", "read": "GB/s"}
+    found = ", ".join(f"{name} {peaks[name]:.0f} {unit}" for name, unit in units.items() if peaks.get(name) is not None)
     print(f"\nPeaks of this run: {found} ({peaks['source']})" if found else f"\nPeaks of this run: {peaks['source']}")
 
 
@@ -68,6 +39,8 @@ def verdicts(result: Result) -> str:
 
 
 def _verdict(name: str, outcome: Outcome, baseline: str) -> str:
+    if outcome.unchecked:
+        return f"{name} not checked: it computes something else"
     text = f"{name} {outcome.status}"
     if outcome.rms_error is not None:
         text += f", rms {outcome.rms_error:.0e}"
@@ -121,6 +94,8 @@ def _ms(outcome: Outcome) -> Cell:
 def _error(outcome: Outcome) -> str:
     if outcome.error_vs_baseline is not None:
         return f"{outcome.error_vs_baseline:.2f}x"
+    if outcome.unchecked:
+        return "unchecked"
     return "" if outcome.rms_error is None else f"rms {outcome.rms_error:.0e}"
 
 
@@ -183,7 +158,8 @@ def memory(report: dict[str, Any]) -> None:
     print(f"  {report['seconds']:.1f} s")
 
 
-def mask_building(report: list[dict[str, Any]]) -> None:
+def mask_building_table(report: list[dict[str, Any]]) -> tuple[list[str], list[list[Cell]]]:
+    """Header and rows."""
     rows: list[list[Cell]] = []
     for entry in report:
         ours, flex = entry["ms"]["fastattn"], entry["ms"].get("flex")
@@ -195,8 +171,11 @@ def mask_building(report: list[dict[str, Any]]) -> None:
             f"{entry['runs']} runs, {entry['bit_tiles']} bit tiles",
         ]
         rows.append([(cell, "") for cell in cells])
-    header = ["causal & documents & window", "ours ms", "flex ms", "plan MiB", "plan"]
-    show("Building a mask, one thread; flex = create_block_mask without compiling", header, rows)
+    return ["causal & documents & window", "ours ms", "flex ms", "plan MiB", "plan"], rows
+
+
+def mask_building(report: list[dict[str, Any]]) -> None:
+    show("Building a mask, one thread; flex = create_block_mask without compiling", *mask_building_table(report))
 
 
 def gpt(report: dict[str, Any]) -> None:
@@ -217,8 +196,9 @@ def gpt(report: dict[str, Any]) -> None:
     print("\n".join(lines))
 
 
-def lm(report: dict[str, Any]) -> None:
-    config, loss, held_out = report["config"], report["loss"], report["held_out_loss"]
+def lm_table(report: dict[str, Any]) -> tuple[list[str], list[list[Cell]]]:
+    """Header and rows."""
+    loss, held_out = report["loss"], report["held_out_loss"]
     rows: list[list[Cell]] = []
     for name, parameters in report["parameters"].items():
         written = report["generated"][name]
@@ -230,15 +210,20 @@ def lm(report: dict[str, Any]) -> None:
             f"{report['tokens_per_second'][name]:.0f}",
             f"{written['tokens_per_second']:.0f}",
             f"{written['cache_bytes'] / 2**10:.0f}",
-            "the same" if written["agree"] else "DIFFERENT",
         ]
-        rows.append([(cell, "") for cell in cells])
+        verdict = ("the same", "") if written["agree"] else ("DIFFERENT", RED)
+        rows.append([*((cell, "") for cell in cells), verdict])
     header = "mixer|parameters|training loss|held-out loss|trained tokens/s|written tokens/s|cache KiB|from cache and full pass"
-    title = (
-        f"A language model on real text, {report['precision']}: {config['steps']} steps, context {config['context']}"
+    return header.split("|"), rows
+
+
+def lm(report: dict[str, Any]) -> None:
+    config, unigram = report["config"], report["held_out_loss"]["character frequencies"]
+    show(
+        f"A language model on real text, {report['precision']}: {config['steps']} steps, context {config['context']}",
+        *lm_table(report),
     )
-    show(title, header.split("|"), rows)
     state = "both learned" if report["learned"] else "NOT LEARNED"
-    print(f"  {state}; held-out loss of character frequencies alone: {held_out['character frequencies']:.4f}")
+    print(f"  {state}; held-out loss of character frequencies alone: {unigram:.4f}")
     for name, written in report["generated"].items():
         print(f"  {name}: {written['text']!r}")

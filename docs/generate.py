@@ -5,6 +5,7 @@ Figures come from bench/results/*.json and nowhere else. `--check` writes nothin
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -140,12 +141,31 @@ def replaced(text: str, name: str, content: str) -> str:
     return f"{head}{begin}\n{content}\n{end}{tail}"
 
 
+def in_history(commit: str) -> bool | None:
+    """None where git cannot tell: this is no checkout, or a shallow one."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+
+    try:
+        whole = git("rev-parse", "--show-toplevel", "--is-shallow-repository").stdout.split("\n")[:2]
+    except OSError:
+        return None
+    if whole != [str(ROOT), "false"]:
+        return None
+    return git("merge-base", "--is-ancestor", commit, "HEAD").returncode == 0
+
+
 def runs(reports: dict[str, dict]) -> str:
     """Where each committed file came from, and the command that makes it again."""
-    lines = ["| file | shown in | command | commit | machine | took |", "|" + "---|" * 6]
+    shown = BENCHMARKING.read_text()
+    lines = ["| file | shown in | command | commit | in the history | machine | took |", "|" + "---|" * 7]
     for name, report in reports.items():
         env, git = report["environment"], report["environment"]["git"]
         commit = "not recorded" if git is None else git["commit"][:12] + " with local changes" * git["dirty"]
+        found = None if git is None else in_history(git["commit"])
+        if found is None:  # as the page has it
+            found = f"| {commit} | yes |" in shown
         given = {key: value for key, value in report["arguments"].items() if value not in (None, [], False, "auto")}
         options = " ".join(f"--{key} {value}" for key, value in given.items())
         machine = (
@@ -156,6 +176,7 @@ def runs(reports: dict[str, dict]) -> str:
             SHOWN[name],
             f"`python -m fastattn.bench run {options} --json {name}.json`",
             commit,
+            "yes" if found else "no",
             machine,
         ]
         lines.append("| " + " | ".join([*cells, f"{report['seconds']:.0f} s"]) + " |")

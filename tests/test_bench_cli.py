@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ import fastattn
 from fastattn import masks
 from fastattn.bench import __main__ as cli
 from fastattn.bench import mask_expression, peaks, progress, runner, schema, session
+from fastattn.bench.case import Goal
 from fastattn.bench.cases import OPS, free, models, softmax
-from fastattn.testing.timing import Samples
+from fastattn.testing.timing import FEWEST_ROUNDS, Samples
 
 
 @pytest.fixture(autouse=True)
@@ -121,6 +123,7 @@ def test_own_cases_say_causal_and_direction():
     (["run", "--preset", "quick", "--graph"], "CUDA graphs"),
     (["run", "--json", "/no/such/folder/x.json"], "no folder"),
     (["run", "--rounds", "0"], "positive number"),
+    (["check", "--preset", "model"], "no cases to check"),
     (["run", "--backend", "abacus"], "invalid choice"),
     (["report", "/no/such/file.json"], "No such file"),
     (["compare", "a.json", "b.json", "--fail-if-slower", "much"], "expected a share"),
@@ -145,6 +148,37 @@ def test_presets_choose_cases_and_devices(monkeypatch):
     assert {case.device for case in chosen("--preset", "llama3-8b")} == {"cuda"}
 
 
+def test_importing_the_bench_builds_no_mask():
+    """FLOPs are counted when they are asked for: a mask of 32k tokens takes seconds."""
+    code = """
+        from fastattn import masks
+
+        def refuse(cls, *arguments, **options):
+            raise AssertionError(f"{cls.__name__} was built")
+
+        masks.Mask.__new__ = refuse
+        from fastattn.bench.cases import all_cases
+
+        case = next(case for case in all_cases() if case.op == "masks")
+        try:
+            case.flops
+        except AssertionError as error:
+            print(error)
+    """
+    done = subprocess.run([sys.executable, "-c", dedent(code)], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "blocks was built", done.stderr
+
+
+def test_the_quick_preset_fits_a_minute_of_two_cores():
+    """Of two implementations a check, three calls to warm up, at least five rounds and one for memory, at 50 GFLOP/s;
+    fp64 of as many scores as are formed at 10; ten seconds to start and to measure peaks."""
+    cases = [case for case in OPS["softmax"].CASES if "quick" in case.presets]
+    exact = sum(softmax.GOLDEN_SCORES * 2 * case.problem.D * (5 if case.backward else 2) for case in cases) / 10e9
+    calls = sum(2 * 5 * case.flops for case in cases) / 50e9
+    timed = sum(max(session.SECONDS_PER_CASE["quick"], FEWEST_ROUNDS * 2 * case.flops / 50e9) for case in cases)
+    assert len(cases) > 9 and 10 + exact + calls + timed < 60
+
+
 def test_models_have_their_published_shapes():
     shapes = {
         name: {device: layers[0].problem for device, layers in both.items()} for name, both in models.MODELS.items()
@@ -158,8 +192,8 @@ def test_models_have_their_published_shapes():
 
 
 def small_cases():
-    problem = softmax.square(16, H=2, D=8)
-    return [softmax.case(f"case {i}", problem, "fp32", presets=("quick",)) for i in range(3)]
+    problem, goal = softmax.square(16, H=2, D=8), Goal(1e-6, 1e-6)
+    return [softmax.case(f"case {i}", problem, "fp32", goal, must=goal, presets=("quick",)) for i in range(3)]
 
 
 @pytest.mark.parametrize("stage", ["check", "measure"])
@@ -179,9 +213,12 @@ def test_an_interrupted_run_leaves_a_valid_json(monkeypatch, tmp_path, capsys, s
     report = schema.load(path)
     printed = capsys.readouterr().out
     assert report["interrupted"] and "what is done is kept" in printed
-    assert ("Speed, medians" in printed) == (stage == "measure")
+    assert ("Speed, medians" in printed) == (stage == "measure") and "MISSED" not in printed
     timed = [result["case"] for result in report["results"] if result["implementations"]["fastattn"]["ms"]]
     assert timed == ([] if stage == "check" else ["case 0", "case 1"])
+    judged = {result["case"]: (result["ratio_met"], result["must_met"]) for result in report["results"]}
+    assert judged == {name: (True, True) if name in timed else (None, None) for name in judged}
+    assert all(result["peak_met"] is None for result in report["results"] if result["case"] not in timed)
     assert len(report["results"]) == (2 if stage == "check" else 3)
 
 
@@ -192,23 +229,27 @@ def test_the_file_is_valid_after_every_case(monkeypatch, tmp_path):
     def watched(report, to):
         honest(report, to)
         loaded = schema.load(path)
-        states.append((len(loaded["results"]), sum(bool(r["ratio"]) for r in loaded["results"])))
+        states.append((len(loaded["results"]), sum(bool(r["ratio"]) for r in loaded["results"]), loaded["interrupted"]))
 
     monkeypatch.setattr(cli, "all_cases", small_cases)
     monkeypatch.setattr(schema, "save", watched)
     assert cli.main(["run", "--preset", "quick", "--rounds", "2", "--json", str(path)]) == 0
-    assert states[:7] == [(0, 0), (1, 0), (2, 0), (3, 0), (3, 1), (3, 2), (3, 3)]
+    done = [(0, 0), (1, 0), (2, 0), (3, 0), (3, 1), (3, 2), (3, 3)]
+    assert states[:7] == [(*counts, True) for counts in done]  # a run that is killed has the file of its last case
+    assert states[-1] == (3, 3, False)
 
 
 def test_check_times_nothing_and_finds_what_is_wrong(monkeypatch, tmp_path):
     path = tmp_path / "check.json"
     monkeypatch.setattr(cli, "all_cases", small_cases)
     assert cli.main(["check", "--preset", "quick", "--json", str(path)]) == 0
-    assert [result["ratio"] for result in schema.load(path)["results"]] == [None] * 3
+    judged = [[r[key] for key in ("ratio", "ratio_met", "peak_met", "must_met")] for r in schema.load(path)["results"]]
+    assert judged == [[None] * 4] * 3
     honest = softmax.implementations
     broken = lambda case, *rest: honest(case, *rest) | {"fastattn": softmax.Implementation(lambda x: x.q * 0)}
     monkeypatch.setattr(softmax, "implementations", broken)
-    assert cli.main(["check", "--preset", "quick"]) == 1
+    assert cli.main(["check", "--preset", "quick", "--json", str(path)]) == 1
+    assert [(r["ratio_met"], r["peak_met"]) for r in schema.load(path)["results"]] == [(False, False)] * 3
 
 
 def test_wrong_is_red_on_a_terminal_and_plain_elsewhere(monkeypatch, capsys):
@@ -235,9 +276,9 @@ def test_progress_counts_lines_and_draws_a_bar_on_a_terminal(monkeypatch, capsys
 def test_all_means_everyone_of_the_op_and_strangers_have_a_row():
     case = small_cases()[0]
     assert set(softmax.implementations(case, "auto", ("all",))) == {*softmax.peers(case), "fastattn"}
-    strange = softmax.implementations(case, "auto", ("natten",))["natten"]
-    outcomes = runner.check(case, softmax.implementations(case) | {"natten": strange})
-    assert (outcomes["natten"].status, outcomes["natten"].reason) == ("n/a", "it has no such operation")
+    outcomes = runner.check(case, softmax.implementations(case, "auto", ("natten", "fla")))
+    reasons = {name: outcome.reason for name, outcome in outcomes.items() if outcome.status == "n/a"}
+    assert reasons == {"natten": "it has no such operation", "fla": "not wired in this bench"}
 
 
 def test_noise_is_warned_of():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.bench import environment, runner, session
+from fastattn.bench import environment, memory, peaks, runner, session
 from fastattn.bench.cases import all_cases, softmax
 from fastattn.testing import timing
 
@@ -137,3 +137,78 @@ def test_what_cannot_be_captured_is_not_available(fake_cuda):
     with runner.calls_of(result, every, graph=True) as calls:
         assert list(calls) == ["fastattn"]
     assert result.outcomes["torch"].status == "n/a" and "capturing" in result.outcomes["torch"].reason
+
+
+def test_gpu_peaks_are_matmuls_of_each_dtype_and_fp32_is_not_tf32(monkeypatch):
+    switch, ran = SimpleNamespace(allow_tf32=True), []
+    seconds = {"copy": 1e-3, "float32": 2e-3, "bfloat16": 4e-3, "float16": 5e-3}
+
+    def interleave(calls, device, budget):
+        assert device == "cuda"
+        for call in calls.values():
+            call()
+        return {name: timing.Samples((seconds[name],)) for name in calls}
+
+    def randn(*shape, device, dtype):
+        assert device == "cuda"
+        return [(dtype, shape[1:])] * shape[0]
+
+    dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "int8")}
+    fake = SimpleNamespace(
+        **dtypes,
+        randn=randn,
+        empty=lambda size, dtype, device: SimpleNamespace(copy_=lambda source: ran.append(size)),
+        matmul=lambda a, b: ran.append((a, b, switch.allow_tf32)),
+        backends=SimpleNamespace(cuda=SimpleNamespace(matmul=switch)),
+        cuda=SimpleNamespace(get_device_name=lambda: "a GPU"),
+    )
+    monkeypatch.setattr(peaks, "torch", fake)
+    monkeypatch.setattr(peaks, "interleave", interleave)
+    found = peaks.measure("cuda", 1)
+    assert [one[0] for one in ran[1:]] == [
+        (torch.float32, (4096, 4096)), (torch.bfloat16, (8192, 8192)), (torch.float16, (8192, 8192)),
+    ]  # fmt: skip
+    assert [one[2] for one in ran[1:]] == [False] * 3 and switch.allow_tf32 is True
+    roofs = {dtype: found.of(dtype, "compute") for dtype in ("fp32", "bf16", "fp16")}
+    expected = {"fp32": 2e-9 * 4096**3 / 2e-3, "bf16": 2e-9 * 8192**3 / 4e-3, "fp16": 2e-9 * 8192**3 / 5e-3}
+    assert roofs == pytest.approx(expected)
+    assert found.of("bf16", "memory") == pytest.approx(2e-9 * ran[0] / 1e-3)
+    assert found.best(peaks.Peaks(fp32=1e9)).of("fp32", "compute") == 1e9
+    assert peaks.Peaks(fp32=5.0, bf16=9.0).of("fp16", "compute") == 5.0  # as a CPU computes it
+
+
+def test_the_gpu_is_described_with_named_fields(monkeypatch):
+    properties = SimpleNamespace(name="a GPU", major=9, minor=0, total_memory=80 << 30, multi_processor_count=132)
+    fake = SimpleNamespace(
+        cuda=SimpleNamespace(is_available=lambda: True, get_device_properties=lambda i: properties),
+        version=SimpleNamespace(cuda="12.9"),
+        backends=SimpleNamespace(cudnn=SimpleNamespace(version=lambda: 91000)),
+    )
+    here = environment.describe(1)
+    monkeypatch.setattr(environment, "torch", fake)
+    answer = "550.1, 1755 MHz, 1980 MHz, 2619 MHz, 700.00 W, 31, Enabled"
+    monkeypatch.setattr(environment, "_output", lambda command: f"{answer}\n{answer}")
+    gpu = environment._gpu()
+    assert (gpu["name"], gpu["capability"], gpu["memory_gb"], gpu["multiprocessors"]) == ("a GPU", "9.0", 80.0, 132)
+    (line,) = [line for line in environment.lines(here | {"gpu": gpu}) if line.startswith("GPU")]
+    assert line == (
+        "GPU a GPU, sm 9.0, 80.0 GB, CUDA 12.9, driver version 550.1, clocks sm 1755 MHz, clocks max sm 1980 MHz, "
+        "clocks mem 2619 MHz, power limit 700.00 W, temperature gpu 31, ecc mode current Enabled"
+    )
+    assert any(
+        line.endswith("nvidia-smi does not answer") for line in environment.lines(here | {"gpu": gpu | {"smi": None}})
+    )
+
+
+def test_gpu_memory_is_the_allocators_peak_beyond_what_was_there(monkeypatch):
+    log = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: log.append("reset"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 175)
+    assert memory.peak_extra(lambda: log.append("call"), "cuda") == 75
+    assert log == ["reset", "call"]
+
+    def too_large():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert memory.peak_extra(too_large, "cuda") is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -22,7 +23,8 @@ from fastattn.bench.report import charts, page, svg
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = sorted((ROOT / "bench" / "results").glob("*.json"))
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+BROWSERS = (os.environ.get("FASTATTN_TEST_BROWSER"), "chromium", "chromium-browser", "google-chrome", "chrome")
+BROWSER = next(filter(None, map(shutil.which, filter(None, BROWSERS))), None)
 
 
 def cases():
@@ -127,7 +129,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, report):
 
 
 def test_compare_flags_a_deliberately_slow_implementation(run_bench, capsys):
-    fast, slow = run_bench("fast"), run_bench("slow", delay=0.003)
+    fast, slow = run_bench("fast"), run_bench("slow", delay=0.03)
     assert cli.main(["compare", str(fast), str(slow), "--fail-if-slower", "5%"]) == 1
     assert "2 slower" in capsys.readouterr().out
     assert cli.main(["compare", str(fast), str(slow), "--fail-if-slower", "0.05", "--relative"]) == 1
@@ -282,6 +284,37 @@ def test_a_page_of_nothing_but_an_environment(report):
     assert "interrupted after" in Page(page.html(empty, "x")).text
 
 
+def test_models_memory_and_masks_have_sections(report):
+    stored = {name: schema.load(ROOT / "bench" / "results" / f"{name}.json") for name in ("cpu", "masks", "linear")}
+    extras = {"memory": stored["cpu"]["memory"], "gpt": stored["cpu"]["gpt"], "lm": stored["linear"]["lm"]}
+    full = copy.deepcopy(report | extras | {"mask_building": stored["masks"]["mask_building"]})
+    parsed = Page(page.html(full, "x"))
+    titles = "A GPT on real text", "A language model on real text", "Memory of one long call", "Building a mask"
+    words = parsed.text.splitlines()
+    assert set(titles) <= set(words) and not set(titles) & set(Page(page.html(report, "x")).text.splitlines())
+    svgs = [tag for tag, _ in parsed.tags].count("svg") - 6
+    assert svgs == len(full["gpt"]) + 1 and parsed.clipped == []
+    for run in full["gpt"]:
+        assert f"{run['tokens_per_second']['fastattn']:.0f}" in words and run["precision"] in words
+    assert f"{full['lm']['held_out_loss']['gated delta net']:.4f}" in words
+    assert f"{full['memory']['extra_bytes'] / 2**20:.1f}" in words and "1048576 tokens" in words
+    assert "DIFFERENT" not in words
+    full["gpt"][0]["loss_agrees"] = full["lm"]["generated"]["softmax"]["agree"] = False
+    full["memory"] = {"case": "long", "status": "wrong", "reason": "an identity is broken"}
+    source = page.html(full, "x")
+    assert all(f'<td class="bad">{word}' in source for word in ("DISAGREE", "DIFFERENT", "WRONG"))
+    assert "an identity is broken" in source
+
+
+def test_what_was_not_checked_is_named_among_the_errors(report):
+    other = copy.deepcopy(report)
+    result = other["results"][0]
+    result["implementations"][result["baseline"]] |= {"rms_error": None, "max_error": None}
+    words = Page(page.html(other, "x")).text.splitlines()
+    errors = words[words.index("Errors") :]
+    assert result["case"] in errors and "not checked" in errors and "it computes something else" in errors
+
+
 def test_axes_have_round_ticks():
     assert svg.Scale(0, 97, 0, 1).ticks() == [0, 20, 40, 60, 80]
     assert svg.Scale(0.7, 60, 0, 1, log=True).ticks() == [1, 2, 5, 10, 20, 50]
@@ -310,12 +343,12 @@ def browse(file: Path, picture: Path, scheme: str) -> str:
         f"--blink-settings=preferredColorScheme={'light dark'.split().index(scheme) ^ 1}",
         f"--screenshot={picture}",
     ]
-    done = subprocess.run([*command, f"file://{file}"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*command, f"file://{file}"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and picture.exists(), done.stderr
     return "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium found")
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on PATH or in FASTATTN_TEST_BROWSER")
 def test_the_page_renders_in_chromium_without_console_errors(tmp_path, report):
     Image = pytest.importorskip("PIL.Image")
     file = tmp_path / "report.html"

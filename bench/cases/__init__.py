@@ -1,4 +1,4 @@
-"""Every case of every op. One module per op, each with CASES, make, leaves, golden, pick, peers and implementations."""
+"""Every case of every op. One module per op, each with CASES, make, leaves, checked, golden, pick, peers and implementations."""
 
 from __future__ import annotations
 

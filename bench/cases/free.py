@@ -43,6 +43,7 @@ def _case(
     masked = masks.Problem(**sizes, pattern=mask)  # type: ignore[arg-type]
     if masks.mask_of(masked).shape != (1, 1):
         raise ValueError("a mask that differs between batches or heads cannot be timed here")
+    masks.visible_share(masked)  # refuses lengths
     name = " ".join([*words, mask])
     return masks.case(name, masked, dtype, "torch", None, backward=backward, device=device, presets=())
 

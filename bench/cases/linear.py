@@ -19,6 +19,7 @@ from ..case import Case, Goal, Implementation, NotAvailable, installed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NO_GOAL = Goal()
+SOFTMAX_ONLY = (*everyone.TORCH_BACKENDS, "flex", "flash_attn", "xformers", "entmax", "natten")
 STEP_COPIES_BYTES = 256 << 20  # rotate this much state, so that no cache holds the next call's
 SHORT = 2048  # length that the cost per token of long sequences is held against
 
@@ -86,11 +87,11 @@ def case(name: str, problem: Problem, dtype: str, baseline: str, goal: Goal = NO
         "linear",
         problem,
         dtype,
-        flops=work,
+        count=lambda: work,
         bytes=fields.pop("bytes", bytes_moved(problem, dtype, backward)),
         goal=goal,
         presets=fields.pop("presets", ("linear",)),
-        details={"shape": shape, "options": {"variant": problem.variant}},
+        describe=lambda: {"shape": shape, "options": {"variant": problem.variant}},
         extra=baseline,
         **fields,
     )
@@ -191,6 +192,11 @@ def leaves(inputs: Inputs) -> dict[str, Tensor]:
     return {f"d{name}": t for name, t in _differentiable(inputs).items()}
 
 
+def checked(case: Case, inputs: Inputs) -> Inputs:
+    """What the check computes with: as it is, `golden` has all rows of its head."""
+    return inputs
+
+
 def pick(case: Case, name: str, result: Tensor) -> Tensor:
     """The part of a result that `golden` has computed: the last head."""
     return result[-1:, -1:]
@@ -232,7 +238,7 @@ def implementations(case: Case, backend: str = "auto", names: tuple[str, ...] = 
     }
     baseline = {case.extra: (found | parts)[case.extra]()}
     ours = _step(problem, backend) if case.bound == "update" else _linear(problem, backend)
-    return everyone.together(baseline, ours, found, (*case.peers, *names))
+    return everyone.together(baseline, ours, found, (*case.peers, *names), SOFTMAX_ONLY)
 
 
 def _call(inputs: Inputs, problem: Problem, backend: str) -> Tensor:
@@ -284,19 +290,18 @@ def _step(problem: Problem, backend: str) -> Implementation:
 
 
 def _fla(problem: Problem) -> Implementation:
-    """flash-linear-attention's chunked op for the variant; its tensors are [B, L, H, D]."""
+    """flash-linear-attention's chunked op for the variant."""
 
     def run(x: Inputs) -> Tensor:
         if problem.variant not in ("scalar decay", "vector decay", "gated delta"):
             raise NotAvailable(f"this bench has no call of fla for {problem.variant}")
-        given: dict[str, Any] = {n: t.transpose(1, 2) for n, t in _differentiable(x).items()}
-        q, k, v, g, beta = (given.get(n) for n in ("q", "k", "v", "decay", "beta"))
+        q, k, v, _, g, beta, _ = x
         if beta is not None:
             out, _ = installed("fla.ops.gated_delta_rule").chunk_gated_delta_rule(q, k, v, g=g, beta=beta)
         elif problem.variant == "vector decay":
             out, _ = installed("fla.ops.gla").chunk_gla(q, k, v, g)
         else:
             out, _ = installed("fla.ops.simple_gla").chunk_simple_gla(q, k, v, g)
-        return out.transpose(1, 2)
+        return out
 
-    return Implementation(run, lambda x: "flash-linear-attention", peer=True)
+    return Implementation(run, lambda x: "flash-linear-attention", peer=True, blhd=True)

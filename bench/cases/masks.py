@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -33,20 +33,37 @@ class Problem(testing_inputs.Case):
     density: float = 1.0  # of blocks, where the pattern draws them
 
 
-@cache
 def mask_of(problem: Problem) -> masks.Mask:
-    L = problem.Lk
-    if problem.pattern == "blocks":
-        n = -(-L // BLOCK)
-        drawn = torch.rand(n, n, generator=testing_inputs.generator(1)) < problem.density
-        return masks.blocks(drawn, BLOCK)
+    return _mask(problem.pattern, problem.Lk, problem.density)
+
+
+@cache
+def _mask(pattern: str, L: int, density: float) -> masks.Mask:
+    if pattern == "blocks":
+        return masks.blocks(_drawn(L, density), BLOCK)
     table = {
         "causal documents": lambda: masks.causal() & masks.documents(_ids(L)),
         "documents": lambda: masks.documents(_ids(L)),
         "window": lambda: masks.causal() & masks.window(1023, 0),
         "prefix": lambda: masks.causal() | masks.prefix(L // 8),
     }
-    return table[problem.pattern]() if problem.pattern in PATTERNS else mask_expression.parse(problem.pattern)
+    return table[pattern]() if pattern in PATTERNS else mask_expression.parse(pattern)
+
+
+def _drawn(L: int, density: float) -> Tensor:
+    """Which blocks are visible."""
+    n = -(-L // BLOCK)
+    return torch.rand(n, n, generator=testing_inputs.generator(1)) < density
+
+
+def visible_share(problem: Problem) -> float:
+    """Of all pairs. Errors: ValueError for lengths that the mask does not allow."""
+    return _share(mask_of(problem), problem.Lq, problem.Lk)
+
+
+@cache
+def _share(mask: masks.Mask, Lq: int, Lk: int) -> float:
+    return mask.density(Lq, Lk)
 
 
 @cache
@@ -72,7 +89,7 @@ def _mask_mod(problem: Problem, device: str) -> Callable:
 
 def case(name: str, problem: Problem, dtype: str, baseline: str, ratio: float | None, **fields: Any) -> Case:
     backward = fields.get("backward", False)
-    pairs = problem.B * problem.Hq * problem.Lq * problem.Lk * mask_of(problem).density(problem.Lq, problem.Lk)
+    pairs = problem.B * problem.Hq * problem.Lq * problem.Lk
     products = 3 * problem.D + 2 * problem.head_dim_v if backward else problem.D + problem.head_dim_v
     shape = {name: getattr(problem, name) for name in ("B", "Hq", "Hk", "Lq", "Lk", "D")} | {"Dv": problem.head_dim_v}
     return Case(
@@ -80,10 +97,10 @@ def case(name: str, problem: Problem, dtype: str, baseline: str, ratio: float | 
         "masks",
         problem,
         dtype,
-        flops=2.0 * pairs * products,
+        count=lambda: 2.0 * pairs * visible_share(problem) * products,
         bytes=softmax.bytes_moved(problem, dtype, backward),
         goal=Goal(ratio),
-        details={"shape": shape, "options": {"mask": repr(mask_of(problem))[:80]}, "against": baseline},
+        describe=lambda: {"shape": shape, "options": {"mask": repr(mask_of(problem))[:80]}, "against": baseline},
         extra=baseline,
         **fields,
     )
@@ -100,7 +117,7 @@ def cpu_cases() -> list[Case]:
             way = "backward" if backward else "forward"
             for wanted in (1.0, 0.75, 0.5, 0.25, 0.1, 0.05):
                 blocks = problem("blocks", 4096, density=wanted)
-                density = mask_of(blocks).density(4096, 4096)
+                density = _drawn(4096, wanted).double().mean().item()  # of whole blocks: that of the mask
                 ratio = 1 / 1.05 if wanted == 1 else 1 / (density + OVERHEAD)
                 name = f"{dtype} {way} blocks of 64, density {density:.2f}"
                 cases.append(case(name, blocks, dtype, "dense", round(ratio, 3), backward=backward, presets=("masks",)))
@@ -139,7 +156,7 @@ def ci_cases() -> list[Case]:
 
 CASES = (*cpu_cases(), *ci_cases(), *gpu_cases())
 
-make, leaves, pick = softmax.make, softmax.leaves, softmax.pick
+make, leaves, checked, pick = softmax.make, softmax.leaves, softmax.checked, softmax.pick
 
 
 def golden(case: Case, inputs: Inputs) -> dict[str, Tensor]:
@@ -151,8 +168,11 @@ def peers(case: Case) -> dict[str, Callable[[], Implementation]]:
     """Everyone who can be asked for by name; made when called."""
     problem = case.problem
     others = {"dense": _dense, "torch": _torch, "flex": _flex, "natten": _natten}
+    bands = {"flash_attn": everyone.flash_attn, "xformers": everyone.xformers}
     return {
         **{name: partial(make, problem) for name, make in others.items()},
+        **{name: partial(_torch, problem, name) for name in everyone.TORCH_BACKENDS},
+        **{name: partial(_of_band, problem, make) for name, make in bands.items()},
         **{name: partial(_backend, problem, name) for name in everyone.BACKENDS},
     }
 
@@ -178,20 +198,48 @@ def _dense(problem: Problem) -> Implementation:
     return Implementation(
         lambda x: fastattn.attention(x.q, x.k, x.v),
         lambda x: "fastattn, no mask",
-        other=mask_of(problem).density(problem.Lq, problem.Lk) < 1,
+        other=visible_share(problem) < 1,
     )
 
 
-def _torch(problem: Problem) -> Implementation:
+def _torch(problem: Problem, name: str | None = None) -> Implementation:
+    """torch's function, or one of its backends."""
+
     @cache
     def visible(device: str) -> Tensor:
         return mask_of(problem).to_dense(problem.Lq, problem.Lk).to(device)
 
-    def attend(x: Inputs) -> Tensor:
-        gqa = problem.Hq != problem.Hk
-        return everyone.torch_attention(x.q, x.k, x.v, attn_mask=visible(x.q.device.type), enable_gqa=gqa)
+    def masked(x: Inputs) -> Inputs:
+        return x._replace(mask=visible(x.q.device.type))
 
-    return Implementation(attend, lambda x: "torch's choice, dense bool mask", peer=True)
+    whole = everyone.torch_sdpa(problem, name)
+    return replace(
+        whole, call=lambda x: whole.call(masked(x)), kernel=lambda x: f"{whole.kernel(masked(x))}, dense bool mask"
+    )
+
+
+def _of_band(problem: Problem, make: Callable[[Problem], Implementation]) -> Implementation:
+    """Someone who takes the mask as a window of a softmax problem, or not at all."""
+    band = _band(mask_of(problem), problem.Lk - problem.Lq)
+    return everyone.unavailable("it takes no such mask") if band is None else make(replace(problem, window=band))
+
+
+def _band(mask: masks.Mask, shift: int) -> tuple[int | None, int | None] | None:
+    """So many tokens to the left and right of i + shift; None: no band."""
+    if isinstance(mask, masks.full):
+        return None, None
+    if isinstance(mask, masks.causal):
+        return None, 0 if mask.alignment == "bottom_right" else -shift
+    if isinstance(mask, masks.window):
+        return mask.left, mask.right
+    if type(mask).__name__ != "And":
+        return None
+    parts = [_band(part, shift) for part in mask.masks]  # type: ignore[attr-defined]
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return None
+    left, right = (min((side for side in sides if side is not None), default=None) for sides in zip(*known))
+    return left, right
 
 
 def _flex(problem: Problem) -> Implementation:
@@ -214,9 +262,9 @@ def _natten(problem: Problem) -> Implementation:
         package = installed("natten")
         if not isinstance(mask, masks.neighborhood):
             raise NotAvailable("natten computes neighborhood masks only")
-        q, k, v = (t.transpose(1, 2).unflatten(1, mask.grid) for t in x[:3])
+        q, k, v = (t.unflatten(1, mask.grid) for t in x[:3])
         attention = getattr(package, f"na{len(mask.grid)}d")
         out = attention(q, k, v, kernel_size=mask.kernel, dilation=mask.dilation)
-        return out.flatten(1, len(mask.grid)).transpose(1, 2)
+        return out.flatten(1, len(mask.grid))
 
-    return Implementation(attend, lambda x: "natten package", peer=True)
+    return Implementation(attend, lambda x: "natten package", peer=True, blhd=True)

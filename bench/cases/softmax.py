@@ -20,7 +20,7 @@ from ..case import Case, Goal, Implementation
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NO_GOAL = Goal()
-GOLDEN_SCORES = 1 << 24  # fp64 scores the check may form at once; more heads than fit are left out
+GOLDEN_SCORES = 1 << 24  # fp64 scores the check may form at once; more heads than fit are left out, then rows
 DECODE_COPIES_BYTES = 256 << 20  # rotate this much K and V, so that no cache holds the next call's
 
 
@@ -65,10 +65,10 @@ def case(name: str, problem: Problem, dtype: str, goal: Goal = NO_GOAL, **fields
         "softmax",
         problem,
         dtype,
-        flops=flops(problem, backward),
+        count=lambda: flops(problem, backward),
         bytes=bytes_moved(problem, dtype, backward),
         goal=goal,
-        details={"shape": shape, "options": options},
+        describe=lambda: {"shape": shape, "options": options},
         **fields,
     )
 
@@ -223,19 +223,39 @@ def _kv_heads(problem: Problem) -> list[int]:
     return [problem.Hk - 1 - i * problem.Hk // count for i in range(count)]
 
 
+def _rows(problem: Problem, device: torch.device) -> Tensor | None:
+    """Query rows that the check looks at, drawn at random with the last one among them; None: all."""
+    count = max(1, GOLDEN_SCORES // (problem.Hq // problem.Hk * problem.Lk))
+    if count >= problem.Lq:
+        return None
+    drawn = torch.randperm(problem.Lq - 1, generator=testing_inputs.generator(9))[: count - 1]
+    return torch.cat((drawn, torch.tensor([problem.Lq - 1]))).sort().values.to(device)
+
+
+def checked(case: Case, inputs: Inputs) -> Inputs:
+    """What the check computes with: gradients come from the rows that `golden` has and from no other."""
+    rows = _rows(case.problem, inputs.dout.device)
+    if rows is None:
+        return inputs
+    return inputs._replace(dout=torch.zeros_like(inputs.dout).index_copy_(2, rows, inputs.dout[:, :, rows]))
+
+
 def pick(case: Case, name: str, result: Tensor) -> Tensor:
     """The part of a result that `golden` has computed."""
     problem, heads = case.problem, _kv_heads(case.problem)
-    if name in ("out", "dq"):
-        group = problem.Hq // problem.Hk
-        heads = [h * group + g for h in heads for g in range(group)]
-    return result[-1:, heads]
+    if name not in ("out", "dq"):
+        return result[-1:, heads]
+    group, rows = problem.Hq // problem.Hk, _rows(problem, result.device)
+    found = result[-1:, [h * group + g for h in heads for g in range(group)]]
+    return found if rows is None else found[:, :, rows]
 
 
 def golden(case: Case, inputs: Inputs) -> dict[str, Tensor]:
-    """out, or dq, dk, dv, in fp64 by the dense reference, for some heads of the last batch."""
+    """out, or dq, dk, dv, in fp64 by the dense reference, for some heads of the last batch, and rows where they are long."""
+    problem = case.problem
     q, k, v = (pick(case, n, t).detach().double().requires_grad_(case.backward) for n, t in leaves(inputs).items())
-    out = fastattn.attention(q, k, v, mask=inputs.mask, backend="reference", **everyone.options_of(case.problem))
+    visible = everyone.visible(problem, inputs, _rows(problem, q.device))
+    out = fastattn.attention(q, k, v, mask=visible, softcap=problem.softcap, backend="reference")
     if not case.backward:
         return {"out": out}
     grads = torch.autograd.grad(out, (q, k, v), pick(case, "out", inputs.dout).double())
@@ -259,4 +279,4 @@ def implementations(case: Case, backend: str = "auto", names: tuple[str, ...] = 
     if case.extra == "threads":
         return {"1 thread": replace(ours, threads=1), "fastattn": replace(ours, threads=2)}
     baseline = {"torch": everyone.torch_sdpa(case.problem)}
-    return everyone.together(baseline, ours, peers(case), (*case.peers, *names))
+    return everyone.together(baseline, ours, peers(case), (*case.peers, *names), ("natten",))

@@ -61,21 +61,43 @@ def _legend(entries: Sequence[tuple[str, int]], left: float, top: float, width: 
 def lines(title: str, series: Sequence[Line], y_label: str, *, log: bool = False, alone: bool = False) -> str:
     """y against length of sequence, on a logarithmic axis of lengths."""
     xs = sorted({x for line in series for x, _ in line.points})
+    return _lines(title, series, y_label, "length (tokens)", [(x, length(x)) for x in xs], True, log, alone)
+
+
+def curves(title: str, series: Sequence[Line], y_label: str) -> str:
+    """y against steps of training."""
+    last = max(x for line in series for x, _ in line.points)
+    ticks = [(x, short(x)) for x in Scale(0, last, 0, 1).ticks()]
+    return _lines(title, series, y_label, "step", ticks, False, True, False)
+
+
+def _lines(
+    title: str,
+    series: Sequence[Line],
+    y_label: str,
+    x_label: str,
+    ticks: Sequence[tuple[float, str]],
+    log_x: bool,
+    log: bool,
+    alone: bool,
+) -> str:
+    xs = sorted({x for line in series for x, _ in line.points})
     ys = [y for line in series for _, y in line.points]
     legend, taken = _legend([(line.name, line.colour) for line in series], LEFT - 40, 44, WIDTH - RIGHT)
     top = 44 + taken + 16
     height = HEIGHT + taken
     low, high = (min(ys) / 1.3, max(ys) * 1.3) if log else (0.0, round_up(max(ys)))
-    x = Scale(xs[0], xs[-1], LEFT + 12, WIDTH - RIGHT - 14, log=True)
+    x = Scale(xs[0] if log_x else 0, xs[-1], LEFT + 12, WIDTH - RIGHT - 14, log=log_x)
     frame = Frame(x, Scale(low, high, height - BOTTOM, top, log=log))
-    shown = [xs[i] for i in apart([frame.x(x) for x in xs], 34)]
+    shown = [ticks[i] for i in apart([frame.x(x) for x, _ in ticks], 34)]
     parts = [words(LEFT - 40, 20, title, "title"), legend]
-    parts.append(frame.axes([(x, length(x)) for x in shown], "length (tokens)", y_label))
+    parts.append(frame.axes(shown, x_label, y_label))
     for line in reversed(series):  # ours lies on top
         stroke = paint(line.colour)
         parts.append(element("path", class_="line", stroke=stroke, d=frame.path(line.points)))
         for x_, y_ in line.points:
-            note = tooltip(f"{line.name}, {length(x_)} tokens: {short(y_)} {y_label}")
+            at = f"{length(x_)} tokens" if log_x else f"step {x_:g}"
+            note = tooltip(f"{line.name}, {at}: {short(y_)} {y_label}")
             parts.append(element("circle", note, cx=frame.x(x_), cy=frame.y(y_), r=4, fill=stroke))
     return drawing(WIDTH, height, title, *_background(WIDTH, height, alone), *parts, style=ALONE if alone else "")
 

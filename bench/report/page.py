@@ -10,8 +10,9 @@ from typing import Any
 
 from ..compare import interval
 from ..environment import lines as environment_lines
-from . import charts, style, svg
+from . import charts, extras, style, svg
 from .charts import Bar, Dot, Line
+from .markup import Row, cards, section, table
 
 
 class Colours:
@@ -111,28 +112,12 @@ def roofline(report: dict[str, Any], colours: Colours) -> str | None:
             intensity = result["flops"] / result["bytes"]
             dots.append(Dot(f"{name}, {result['case']}", intensity, rate, colours.of[name], name != "fastattn"))
             baselines[name] = colours.of[name]
-    roofs = [(name, peaks[key]) for name, key in (("fp32 FMA", "fp32"), ("bf16", "bf16")) if peaks[key]]
+    roofs = [(name, peaks[name]) for name in ("fp32", "bf16") if peaks[name]]
     if not dots or not roofs:
         return None
     return charts.roofline(
         "Roofline of this run", dots, roofs, peaks["read"], sorted(baselines.items(), key=lambda x: x[1])
     )
-
-
-def _cell(text: str, class_: str = "") -> str:
-    return f'<td class="{class_}">{escape(text)}</td>' if class_ else f"<td>{escape(text)}</td>"
-
-
-def _table(header: Sequence[str], rows: Iterator[tuple[bool, Sequence[tuple[str, str]]]]) -> str:
-    """Rows of (whether a new case begins, cells of (text, class))."""
-    numeric = {"n": ' class="n"'}
-    first: list[tuple[bool, Sequence[tuple[str, str]]]] = list(rows)
-    classes = [class_ for _, class_ in first[0][1]] if first else [""] * len(header)
-    head = "".join(f"<th{numeric.get(c.split(' ')[0], '')}>{escape(name)}</th>" for name, c in zip(header, classes))
-    body = "".join(
-        f"<tr{' class=first' if new else ''}>{''.join(_cell(*cell) for cell in cells)}</tr>" for new, cells in first
-    )
-    return f'<div class="card wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _implementations(report: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, dict[str, Any], bool]]:
@@ -145,14 +130,15 @@ def _status(one: dict[str, Any]) -> tuple[str, str]:
     return {"ok": ("right", "good"), "wrong": ("WRONG", "bad"), "n/a": ("n/a", "muted")}[one["status"]]
 
 
-def _errors(report: dict[str, Any]) -> Iterator[tuple[bool, Sequence[tuple[str, str]]]]:
+def _errors(report: dict[str, Any]) -> Iterator[Row]:
     for result, name, one, new in _implementations(report):
-        if one["status"] == "ok" and one["rms_error"] is None:
-            continue
+        unchecked = one["status"] == "ok" and one["rms_error"] is None
+        status = ("not checked", "muted") if unchecked else _status(one)
+        reason = "it computes something else" if unchecked else one["reason"]
         numbers = ["" if one[key] is None else f"{one[key]:.1e}" for key in ("rms_error", "max_error")]
         relative = "" if one["error_vs_baseline"] is None else f"{one['error_vs_baseline']:.2f}x {result['baseline']}"
         cells = [(result["case"] if new else "", "case"), (name, ""), (numbers[0], "n"), (numbers[1], "n")]
-        yield new, [*cells, (relative, "n"), _status(one), (one["reason"], "why")]
+        yield new, [*cells, (relative, "n"), status, (reason, "why")]
 
 
 def _goals(result: dict[str, Any]) -> tuple[str, str]:
@@ -172,7 +158,7 @@ def goal_words(goal: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _speeds(report: dict[str, Any]) -> Iterator[tuple[bool, Sequence[tuple[str, str]]]]:
+def _speeds(report: dict[str, Any]) -> Iterator[Row]:
     for result, name, one, new in _implementations(report):
         ms, faster, ours = one["ms"], one["ours_faster"], name == "fastattn"
         time = "" if ms is None else f"{ms['median']:.4g} ({ms['p20']:.4g}-{ms['p80']:.4g})"
@@ -226,15 +212,6 @@ def _environment(report: dict[str, Any], name: str) -> str:
     )
 
 
-def _section(title: str, text: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2><p class=muted>{escape(text)}</p>{body}</section>" if body else ""
-
-
-def _cards(drawn: Sequence[str | None]) -> str:
-    found = "".join(f'<div class="card">{image}</div>' for image in drawn if image)
-    return f'<div class="cards">{found}</div>' if found else ""
-
-
 def html(report: dict[str, Any], name: str) -> str:
     """The page. `report` is of the current version (see schema.load), `name` where it came from."""
     results, colours = report["results"], Colours(report["results"])
@@ -242,30 +219,30 @@ def html(report: dict[str, Any], name: str) -> str:
     memory = [(title, _series(group, colours, "extra_bytes")) for title, group in groups.items()]
     found_bars, roof = bars(results), roofline(report, colours)
     sections = [
-        _section(
+        section(
             "Speed against length",
             "Medians. Rates count what a mask leaves visible; milliseconds where implementations compute different things.",
-            _cards([speed_chart(title, group, colours) for title, group in groups.items()]),
+            cards([speed_chart(title, group, colours) for title, group in groups.items()]),
         ),
-        _section(
+        section(
             "How many times faster",
             "fastattn against the baseline of each case, or whom its goal names, paired round by round.",
             f'<div class="card">{charts.ratios("Times as fast", found_bars)}</div>' if found_bars else "",
         ),
-        _section(
+        section(
             "Roofline",
             "Filled: fastattn. Hollow: the baseline. Work that stays in a cache can lie above the slope of memory.",
             f'<div class="card">{roof}</div>' if roof else "",
         ),
-        _section(
+        section(
             "Memory against length",
             "Peak of one call beyond its inputs, results included; gradients with their forward pass.",
-            _cards([charts.lines(title, series, "MiB", log=True) for title, series in memory if series]),
+            cards([charts.lines(title, series, "MiB", log=True) for title, series in memory if series]),
         ),
-        _section(
+        section(
             "Every time",
             "Milliseconds are median (p20-p80); the roof is what the machine reached in the same run.",
-            _table(
+            table(
                 [
                     "case",
                     "implementation",
@@ -283,12 +260,13 @@ def html(report: dict[str, Any], name: str) -> str:
             if results
             else "",
         ),
-        _section(
+        section(
             "Errors",
-            "Against fp64: RMS relative to the RMS of the values, the largest, and that over the baseline's own largest.",
-            _table(["case", "implementation", "rms", "max", "vs baseline", "", ""], _errors(report)) if results else "",
+            "Against fp64: RMS relative to the RMS of the values, the largest, and that over the largest of the one named.",
+            table(["case", "implementation", "rms", "max", "relative", "", ""], _errors(report)) if results else "",
         ),
-        _section("Environment", "", _environment(report, name)),
+        *extras.sections(report),
+        section("Environment", "", _environment(report, name)),
     ]
     env = report["environment"]
     machine = (env["gpu"] or {}).get("name") or f"{env['cpu'].get('model')}, {env['threads']} threads"

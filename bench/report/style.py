@@ -40,6 +40,6 @@ p{margin:4px 0 12px;max-width:80ch} .muted{color:var(--muted)} code{font-size:13
 .card{padding:12px;overflow-x:auto} .card svg{display:block;max-width:none} .wide{margin-top:10px}
 table{border-collapse:collapse;font-size:13px;width:100%} th{text-align:left;color:var(--muted);font-weight:500;white-space:nowrap}
 th,td{padding:4px 10px 4px 0;border-bottom:1px solid var(--grid);vertical-align:top} td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-tr.first td{border-top:1px solid var(--axis)} td.case{min-width:180px} td.goal{white-space:nowrap} td.why{min-width:220px;color:var(--muted)}
+tr.first td{border-top:1px solid var(--axis)} td.case{min-width:180px} td.goal{white-space:nowrap} td.why{color:var(--muted)}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:2px 18px;margin:0;font-size:14px} dt{color:var(--muted)} dd{margin:0;overflow-wrap:anywhere}
 """

@@ -55,18 +55,33 @@ def ratio(base: Samples, other: Samples) -> Samples:
     return Samples(tuple(b / o for b, o in zip(base.seconds, other.seconds)))
 
 
+class CallFailed(Exception):
+    """One of the timed calls has raised; `name` says which, the cause what."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.name = name
+
+
 def interleave(
     calls: Mapping[str, Call], *, device: str = "cpu", rounds: int | None = None, budget: float = 2.0
 ) -> dict[str, Samples]:
     """Time every call once per round, in an order that turns around from round to round.
 
-    `rounds` fixes their number; otherwise it is what fits into `budget` seconds.
+    `rounds` fixes their number; otherwise it is what fits into `budget` seconds. Errors: CallFailed.
     """
     clock = _cuda_clock(device) if device.startswith("cuda") else _cpu_seconds
+
+    def timed(name: str, repeats: int) -> float:
+        try:
+            return clock(calls[name], repeats)
+        except Exception as error:
+            raise CallFailed(name) from error
+
     repeats, once = {}, 0.0
-    for name, call in calls.items():
-        call()
-        seconds = min(clock(call, 1), clock(call, 1))
+    for name in calls:
+        timed(name, 1)
+        seconds = min(timed(name, 1), timed(name, 1))
         repeats[name] = max(1, round(SHORTEST_SAMPLE / max(seconds, 1e-7))) if clock is _cpu_seconds else 1
         once += seconds * repeats[name]
     if rounds is None:
@@ -77,7 +92,7 @@ def interleave(
     try:
         for i in range(rounds):
             for name in list(calls)[:: -1 if i % 2 else 1]:
-                seconds_of[name].append(clock(calls[name], repeats[name]))
+                seconds_of[name].append(timed(name, repeats[name]))
     finally:
         if collecting:
             gc.enable()
