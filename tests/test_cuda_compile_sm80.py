@@ -13,8 +13,11 @@ pytestmark = [
     pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed"),
 ]
 KERNELS = {"forward": 18, "backward": 44}
-CASES = [(which, arch) for arch in ("80", "90", "100", "120") for which in KERNELS]
-CASES += [("forward", "86"), ("forward", "89")]  # the code is that of sm_80: the cheaper half of it
+# The source is the same for all; the backward pass, most of the time it takes, on the oldest and the newest.
+CASES = [("forward", arch) for arch in ("80", "86", "89", "90", "100", "120")] + [
+    ("backward", "80"),
+    ("backward", "120"),
+]
 REPORT = re.compile(r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads", re.DOTALL)
 
 

@@ -87,7 +87,9 @@ def test_native_suite(isa):
         pytest.skip(f"{isa} is the default here: the whole test session runs on it")
     # avx512_bf16 and amx hand all but bf16 down to avx512: where they run, only bf16 is left to test there.
     handed_down = isa == "avx512" and fastattn._C.best_isa() in ("avx512_bf16", "amx")
-    which = f"({COMPACT}) and bfloat16" if handed_down else COMPACT
+    # fp16 is fp32 but for how it is loaded and stored.
+    dtypes = "bfloat16" if handed_down else "(not float16 or bfloat16 or test_options_combined or test_every_option)"
+    which = f"({COMPACT}) and {dtypes}"
     done = run(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=short", *FILES, "-k", which)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     passed = int(done.stdout.rsplit(" passed", 1)[0].split()[-1])
