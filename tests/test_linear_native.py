@@ -62,6 +62,23 @@ def test_every_feature_map(feature_map, D, causal):
 
 
 @pytest.mark.parametrize("decay", (None, "scalar", "vector"))
+def test_values_of_one_come_out_as_one(decay):
+    """The denominators are rounded as their numerators are, so that each divides out."""
+    q, k, _, gate = inputs(2, 1000, 16, 16, decay)  # a scale of 1/4, which does not round
+    out = linear_attention(q, k, torch.ones(1, 2, 1000, 16), decay=gate, feature_map="elu1", backend="native")
+    assert (out - 1).abs().max() <= 2**-23
+
+
+@pytest.mark.parametrize("feature_map", ("elu1", "relu", "taylor1", "taylor2"))
+def test_every_feature_map_keeps_nan(feature_map):
+    """A row of nothing but NaN is no zero row, in whichever vectors of a row it lies."""
+    q, k, v, _ = inputs(1, 20, 9 if feature_map == "taylor2" else 20, 16)
+    q[0, 0, 7] = float("nan")
+    out = linear_attention(q, k, v, feature_map=feature_map, backend="native")
+    assert out[0, 0, 7].isnan().all() and out[0, 0, :7].isfinite().all() and out[0, 0, 8:].isfinite().all()
+
+
+@pytest.mark.parametrize("decay", (None, "scalar", "vector"))
 @pytest.mark.parametrize("feature_map", ("elu1", "identity"))
 @pytest.mark.parametrize("H, Hk, Hv", [(1, 1, 1), (4, 2, 1), (5, 5, 5)])
 def test_bits_are_the_same_for_any_threads_and_batch(H, Hk, Hv, feature_map, decay):

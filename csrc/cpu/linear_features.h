@@ -217,9 +217,9 @@ struct Features {
                 for (int64_t c = 0; c < whole; c += W) vstore(out + r * ld + c, f(load(row, c)));
             }
         });
-        for (int64_t r = 0; r < n && whole < ld; ++r) {
-            for (int64_t c = whole; c < ld; c += W) {
-                const int count = static_cast<int>(most<int64_t>(0, least<int64_t>(W, D - c)));
+        for (int64_t r = 0; r < n && whole < D; ++r) {
+            for (int64_t c = whole; c < D; c += W) {
+                const int count = static_cast<int>(least<int64_t>(W, D - c));
                 const Vec a = load_floats(x.at(r0 + r), x.dtype, c, x.col, count);
                 vstore(out + r * ld + c, vselect(lane_bits(count), f(a), vzero()));
             }
@@ -228,12 +228,16 @@ struct Features {
 
     float taylor1(const Source& x, int64_t r, int64_t ld, float* out, float* wide) const {
         load_row(x, r, D, round_up(D, W), wide);
-        Vec top = vzero();
-        each_vector(D, [&](int64_t c, int) { top = vmax(top, vabs(vload(wide + c))); });
+        Vec top = vzero(), all = vzero();
+        each_vector(D, [&](int64_t c, int) {
+            top = vmax(top, vabs(vload(wide + c)));
+            all = vadd(all, vabs(vload(wide + c)));
+        });
         const float largest = vmaximum(top);
         for (int64_t c = 0; c < ld; c += W) vstore(out + c, vzero());
         out[0] = 1;
-        if (largest == 0) return 0;
+        // The largest of numbers may pass over a NaN, their sum does not.
+        if (largest == 0 && vsum(all) == 0) return 0;
         // Scaled by the largest, no square overflows or vanishes.
         Vec sum = vzero();
         each_vector(D, [&](int64_t c, int) {

@@ -95,7 +95,7 @@ class Forward : LinearWork {
             scan(x.state, block);
             if (p_.normalize) {
                 denominators(rows.reads, rows.pairs, x);
-                add_keys<factor>(rows, x.z);
+                add_keys(rows, x.z);
             }
             finish(head, t0, n, x);
         }
@@ -113,7 +113,7 @@ class Forward : LinearWork {
             ScanBlock block = block_of(lanes, x);
             block.a = x.rows.enters;
             scan(x.state, block);
-            if (p_.normalize) add_keys<Factor::kNone>(x.rows, x.z);
+            if (p_.normalize) add_keys(x.rows, x.z);
         }
         const int64_t end = last_query(head);
         for (int64_t t0 = head.first; t0 < end; t0 += kBlock) {
@@ -143,21 +143,20 @@ class Forward : LinearWork {
             Vec sum = vzero();
             for (int64_t f = 0; f < layout_.F; ++f) sum = vfma(vset(x.z[f]), vload(reads + f * kBlock + t), sum);
             for (int64_t j = 0; j < kBlock && pairs; ++j) sum = vadd(sum, vload(pairs + j * kBlock + t));
-            vstore(x.weight + t, vmul(vset(static_cast<float>(p_.scale)), sum));
+            vstore(x.dens + t, vmul(vset(static_cast<float>(p_.scale)), sum));
         }
     }
-    template <Factor factor>
     void add_keys(const BlockRows& rows, float* z) const {
-        const int64_t ld = layout_.ld_f;
-        for (int64_t c = 0; c < ld; c += W) {
-            Vec sum = vzero(), old = vload(z + c);
-            for (int64_t t = 0; t < kBlock; ++t) {
-                const Vec key = vload(rows.k + t * ld + c);
-                const float* end = rows.fading.end + t * factor_step();
-                sum = vadd(sum, factor == Factor::kNone ? key : vmul(key, factor_at<factor>(end, c)));
+        const float* whole = rows.fading.whole;
+        for (int64_t c = 0; c < layout_.ld_f; c += W) {
+            Vec sum = vzero();
+            for (int64_t t = 0; t < kBlock; t += W) {
+                Vec keys[W];
+                FASTATTN_UNROLL for (int i = 0; i < W; ++i) keys[i] = vload(rows.enters + (c + i) * kBlock + t);
+                transpose(keys);
+                FASTATTN_UNROLL for (int i = 0; i < W; ++i) sum = vadd(sum, keys[i]);
             }
-            const Vec whole = factor == Factor::kNone ? vset(1.0f) : vload(rows.fading.whole + c);
-            vstore(z + c, vfma(whole, old, sum));
+            vstore(z + c, whole ? vfma(vload(whole + c), vload(z + c), sum) : vadd(vload(z + c), sum));
         }
     }
 
@@ -169,7 +168,7 @@ class Forward : LinearWork {
                 vstore(x.weight + t, scale);
                 continue;
             }
-            const Vec sum = vload(x.weight + t);
+            const Vec sum = vload(x.dens + t);
             const uint32_t clamped = vless(sum, least_sum);
             const Vec den = vselect(clamped, least_sum, sum);
             vstore(x.weight + t, vdiv(scale, den));

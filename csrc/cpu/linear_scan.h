@@ -32,38 +32,23 @@ struct Panels {
 template <int vecs>
 constexpr int kTileTokens = (W == 16 ? 16 : 8) / vecs;
 
-// `count` rows of out [rows][kBlock] = A B or, unless it is the `first` part of a sum, += A B, with B [steps][kBlock].
-template <int count>
-FASTATTN_INLINE void multiply_rows(bool first, const float* a, int64_t ld, int64_t steps, const float* b, float* out) {
-    Vec sums[count][kBlockVecs];
-    FASTATTN_UNROLL for (int r = 0; r < count; ++r) {
-        FASTATTN_UNROLL for (int n = 0; n < kBlockVecs; ++n) sums[r][n] = vzero();
-    }
-    // One pointer for every third row: base + {0, 1, 2} * ld are addressing modes.
-    const float* rows[(count + 2) / 3];
-    FASTATTN_UNROLL for (int r = 0; r < count; r += 3) rows[r / 3] = a + r * ld;
-    for (const float* end = b + steps * kBlock; b < end; b += kBlock) {
-        Vec value[kBlockVecs];
-        FASTATTN_UNROLL for (int n = 0; n < kBlockVecs; ++n) value[n] = vload(b + n * W);
-        FASTATTN_UNROLL for (int r = 0; r < count; ++r) {
-            const Vec at = vset(rows[r / 3][r % 3 * ld]);
-            FASTATTN_UNROLL for (int n = 0; n < kBlockVecs; ++n) sums[r][n] = vfma(at, value[n], sums[r][n]);
-        }
-        FASTATTN_UNROLL for (int r = 0; r < count; r += 3)++ rows[r / 3];
-    }
-    FASTATTN_UNROLL for (int r = 0; r < count; ++r) {
-        FASTATTN_UNROLL for (int n = 0; n < kBlockVecs; ++n) {
-            float* at = out + r * kBlock + n * W;
-            vstore(at, first ? sums[r][n] : vadd(vload(at), sums[r][n]));
-        }
-    }
+// out [rows][kBlock] = A B or, unless it is the `first` part of a sum, += A B, with B [steps][kBlock].
+template <Store store, int count>
+FASTATTN_INLINE void multiply_rows(const float* a, int64_t ld, int64_t steps, const float* b, float* out) {
+    const Segment all{0, 0, steps};
+    register_tile<Fp32, count, kBlockVecs, store>({a, ld, 1}, &all, 1, b, kBlock, out, kBlock, nullptr);
 }
-inline void multiply(bool first, int64_t rows, const float* a, int64_t ld, int64_t steps, const float* b, float* out) {
+template <Store store>
+inline void multiply(int64_t rows, const float* a, int64_t ld, int64_t steps, const float* b, float* out) {
     constexpr int kRows = kTileTokens<kBlockVecs>;
     int64_t row = 0;
-    for (; row + kRows <= rows; row += kRows)
-        multiply_rows<kRows>(first, a + row * ld, ld, steps, b, out + row * kBlock);
-    for (; row < rows; ++row) multiply_rows<1>(first, a + row * ld, ld, steps, b, out + row * kBlock);
+    for (; row + kRows <= rows; row += kRows) {
+        multiply_rows<store, kRows>(a + row * ld, ld, steps, b, out + row * kBlock);
+    }
+    for (; row < rows; ++row) multiply_rows<store, 1>(a + row * ld, ld, steps, b, out + row * kBlock);
+}
+inline void multiply(bool first, int64_t rows, const float* a, int64_t ld, int64_t steps, const float* b, float* out) {
+    first ? multiply<Store::kWrite>(rows, a, ld, steps, b, out) : multiply<Store::kAdd>(rows, a, ld, steps, b, out);
 }
 
 // x [rows][cols] to out [cols][rows], both multiples of W.

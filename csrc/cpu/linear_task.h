@@ -108,7 +108,8 @@ class LinearWork {
         }
     }
 
-    // Columns [first, last) of rows [t0, t0 + n) of a head of x, from rows of floats times `weights`, 1 where null.
+    // Columns [first, last) of rows [t0, t0 + n) of a head of x, from rows of floats, whole vectors of which can be
+    // read, times `weights`, 1 where null.
     static void store_rows(const TensorView& x, int64_t b, int64_t h, int64_t t0, int64_t n, int64_t sense,
                            const float* rows, int64_t ld, int64_t first, int64_t last, const float* weights) {
         const int64_t whole = x.last_stride() == 1 ? first + (last - first) / W * W : first;
@@ -130,11 +131,12 @@ class LinearWork {
     }
 
     // Rows [t0, t0 + n) of phi(x), and zero rows up to kBlock. Blocks follow each other in the sense 1, forward in
-    // time, or -1. `wide`: round_up(D, W) floats.
+    // time, or -1. `inverse`: of taylor1 alone; `wide`: round_up(D, W) floats.
     void pack_features(const LinearHead& head, const Source& x, bool masked, int64_t t0, int64_t n, int64_t sense,
                        float* out, float* inverse, float* wide) const {
         const int64_t ld = layout_.ld_f;
         const auto ahead = [&](int64_t t) { ask_for(x, t + sense * kBlock, p_.D()); };
+        masked = masked && p_.key_mask;
         const bool at_once = !masked && features_.elementwise();
         if (at_once) features_.map_rows(x, t0, n, ld, out, ahead);
         for (int64_t t = 0; t < n && !at_once; ++t) {
