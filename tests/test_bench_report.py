@@ -40,18 +40,24 @@ def cases():
 
 @pytest.fixture
 def run_bench(monkeypatch, tmp_path):
-    """Runs the cases with fastattn slowed down by so many seconds, or replaced; returns the path of the JSON."""
+    """Runs the cases with fastattn, and its baseline, slowed down by so many seconds, or replaced; returns the path of the JSON."""
     monkeypatch.setattr(cli, "all_cases", cases)
     monkeypatch.setattr(peaks, "WINDOW_SECONDS", 0.01)
     monkeypatch.setattr(peaks, "READ_BYTES", 1 << 20)
     honest = softmax.implementations
 
-    def run(name: str, delay: float = 0.0, call=None) -> Path:
-        def ours(x):
-            time.sleep(delay)
-            return fastattn.attention(x.q, x.k, x.v, causal=True)
+    def run(name: str, delay: float = 0.0, call=None, baseline_delay: float = 0.0) -> Path:
+        def after(seconds):
+            def attend(x):
+                time.sleep(seconds)
+                return fastattn.attention(x.q, x.k, x.v, causal=True)
 
-        replaced = lambda case, *rest: honest(case, *rest) | {"fastattn": Implementation(call or ours)}
+            return Implementation(attend)
+
+        def replaced(case, *rest):
+            slow = {"torch": after(baseline_delay)} if baseline_delay else {}
+            return honest(case, *rest) | slow | {"fastattn": Implementation(call) if call else after(delay)}
+
         monkeypatch.setattr(softmax, "implementations", replaced)
         path = tmp_path / f"{name}.json"
         cli.main(["run", "--preset", "quick", "--case", "forward", "--rounds", "9", "--json", str(path)])
@@ -129,7 +135,8 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, report):
 
 
 def test_compare_flags_a_deliberately_slow_implementation(run_bench, capsys):
-    fast, slow = run_bench("fast"), run_bench("slow", delay=0.03)
+    # Both sleep: on a busy machine the time of a call of microseconds is anything.
+    fast, slow = (run_bench(name, delay, baseline_delay=0.02) for name, delay in (("fast", 0.02), ("slow", 0.08)))
     assert cli.main(["compare", str(fast), str(slow), "--fail-if-slower", "5%"]) == 1
     assert "2 slower" in capsys.readouterr().out
     assert cli.main(["compare", str(fast), str(slow), "--fail-if-slower", "0.05", "--relative"]) == 1
