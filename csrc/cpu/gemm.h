@@ -91,16 +91,16 @@ inline void gemm(int rows, int vecs, const Rows& x, const Segment* segments, int
     }
 }
 
-// C = AB or C += AB with B unpacked: whole vectors of rows `b_step` units apart.
-template <class Math, Store store = Store::kAdd>
+// C += AB with B unpacked: whole vectors of rows `b_step` units apart.
+template <class Math>
 inline void gemm_unpacked(int rows, int vecs, const Rows& x, const Segment& segment, const float* b, int64_t b_step,
                           float* c, int64_t ldc) {
     for (; vecs >= 2; vecs -= 2) {
-        tile_rows<Math, 2, store, kTileRows>(rows, x, &segment, 1, b, b_step, c, ldc, nullptr);
+        tile_rows<Math, 2, Store::kAdd, kTileRows>(rows, x, &segment, 1, b, b_step, c, ldc, nullptr);
         b += kPanel;
         c += kPanel;
     }
-    if (vecs) tile_rows<Math, 1, store, kTileRows>(rows, x, &segment, 1, b, b_step, c, ldc, nullptr);
+    if (vecs) tile_rows<Math, 1, Store::kAdd, kTileRows>(rows, x, &segment, 1, b, b_step, c, ldc, nullptr);
 }
 
 }  // namespace FASTATTN_ISA

@@ -85,15 +85,10 @@ FASTATTN_INLINE void store_row(char* out, DType dtype, int64_t stride, const flo
                                float factor) {
     const Vec weight = vset(factor);
     int64_t c = first;
-    if (stride == 1 && dtype == DType::kFloat32) {
-        float* p = reinterpret_cast<float*>(out);
-        for (; c + W <= last; c += W) vstore(p + c, vmul(vload(row + c), weight));
-    } else if (stride == 1) {
-        uint16_t* p = reinterpret_cast<uint16_t*>(out);
-        for (; c + W <= last; c += W) {
-            const Vec a = vmul(vload(row + c), weight);
-            dtype == DType::kBFloat16 ? store_bf16(p + c, a) : store_fp16(p + c, a);
-        }
+    if (stride == 1) {
+        with_storer(dtype, [&](auto store) {
+            for (; c + W <= last; c += W) store(out, c, vmul(vload(row + c), weight));
+        });
     }
     for (; c < last; c += W) {
         const int n = static_cast<int>(least<int64_t>(W, last - c));

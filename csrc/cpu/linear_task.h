@@ -38,14 +38,13 @@ struct LinearHead {
 struct Layout {
     int64_t F, Dv;
     int64_t ld_f, ld_v;  // floats of a packed row of features and of values
-    int64_t f_vecs, v_vecs, panels;
+    int64_t v_vecs, panels;
 
     explicit Layout(const LinearParams& p)
         : F(p.F()),
           Dv(p.Dv()),
           ld_f(round_up(F, W)),
           ld_v(round_up(Dv, W)),
-          f_vecs(ld_f / W),
           v_vecs(ld_v / W),
           panels(ceil_div(v_vecs, 2)) {}
 };
@@ -108,25 +107,14 @@ class LinearWork {
         }
     }
 
-    // Columns [first, last) of rows [t0, t0 + n) of a head of x, from rows of floats, whole vectors of which can be
-    // read, times `weights`, 1 where null.
+    // Columns [first, last) of rows [t0, t0 + n) of a head of x, from rows of `ld` floats times `weights`, 1 where
+    // null.
     static void store_rows(const TensorView& x, int64_t b, int64_t h, int64_t t0, int64_t n, int64_t sense,
                            const float* rows, int64_t ld, int64_t first, int64_t last, const float* weights) {
-        const int64_t whole = x.last_stride() == 1 ? first + (last - first) / W * W : first;
-        with_storer(x.dtype, [&](auto store) {
-            for (int64_t t = 0; t < n; ++t) {
-                ask_to_write(x, b, h, t0 + t + sense * kBlock);
-                char* row = x.row(b, h, t0 + t);
-                const Vec weight = vset(weights ? weights[t] : 1.0f);
-                for (int64_t c = first; c < whole; c += W) store(row, c, vmul(vload(rows + t * ld + c), weight));
-            }
-        });
-        for (int64_t t = 0; t < n && whole < last; ++t) {
-            for (int64_t c = whole; c < last; c += W) {
-                const int count = static_cast<int>(least<int64_t>(W, last - c));
-                const Vec a = vmul(vload(rows + t * ld + c), vset(weights ? weights[t] : 1.0f));
-                store_floats(x.row(b, h, t0 + t), x.dtype, c, x.last_stride(), a, count);
-            }
+        for (int64_t t = 0; t < n; ++t) {
+            ask_to_write(x, b, h, t0 + t + sense * kBlock);
+            store_row(x.row(b, h, t0 + t), x.dtype, x.last_stride(), rows + t * ld, first, last,
+                      weights ? weights[t] : 1.0f);
         }
     }
 
