@@ -170,8 +170,25 @@ def test_empty_shapes_do_not_kill_the_process():
     assert done.returncode == 0 and done.stdout == "done 1296\n", (done.returncode, done.stderr[-2000:])
 
 
+CHILDREN = """
+import os, signal, time, torch, fastattn
+def wait_for(children):
+    deadline, codes = time.time() + 60, []
+    for pid in children:
+        while True:
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if found:
+                codes.append(status)
+                break
+            if time.time() > deadline:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                codes.append("hung")
+                break
+            time.sleep(0.02)
+    return codes
+"""
 FORK = """
-import os, signal, sys, time, torch, fastattn
 torch.set_num_threads(4)
 q = torch.randn(2, 4, 200, 32, requires_grad=True)
 def work():
@@ -187,30 +204,33 @@ for _ in range(3):
             out = fastattn.attention(q, q, q, causal=True, backend="native")
         os._exit(0 if out.tolist() == expected[0] else 3)
     children.append(pid)
-deadline = time.time() + 60
-codes = []
-for pid in children:
-    while True:
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
-            codes.append(status)
-            break
-        if time.time() > deadline:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            codes.append("hung")
-            break
-        time.sleep(0.02)
+codes = wait_for(children)
 assert [x.tolist() for x in work()] == expected
 print(codes)
 """
+FIRST_CALL_IN_CHILD = """
+torch.set_num_threads(2)
+q = torch.randn(1, 8, 256, 64)
+torch.exp(q)  # starts the team
+pid = os.fork()
+if pid == 0:
+    fastattn.attention(q, q, q, backend="native")
+    os._exit(0)
+print(wait_for([pid]))
+"""
 
 
-def test_fork_after_warm_up():
-    """pytorch#17199: GNU OpenMP's pool does not survive fork; children must neither hang nor err, nor hurt the parent."""
+@pytest.mark.parametrize(
+    "script, codes", [(FORK, "[0, 0, 0]"), (FIRST_CALL_IN_CHILD, "[0]")], ids=["warm", "first call"]
+)
+def test_fork_after_warm_up(script, codes):
+    """pytorch#17199: GNU OpenMP's pool does not survive fork; children must neither hang nor err, nor hurt the parent.
+
+    Also where torch alone has started it, and the library is first called in the child.
+    """
     need("native", make(Case(), FP32))
-    done = run_script(FORK)
-    assert done.stdout == "[0, 0, 0]\n", (done.returncode, done.stdout, done.stderr[-2000:])
+    done = run_script(CHILDREN + script)
+    assert done.stdout == f"{codes}\n", (done.returncode, done.stdout, done.stderr[-2000:])
 
 
 SMALL_TEAM = """

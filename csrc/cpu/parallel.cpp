@@ -37,12 +37,11 @@ Scratch::~Scratch() { std::free(data_); }
 
 static std::atomic<bool> child{false};
 
-bool forked_child() {
 #if defined(__unix__) || defined(__APPLE__)
-    static const int registered = pthread_atfork(nullptr, nullptr, [] { child.store(true); });
-    (void)registered;
+// At load, not at the first call: torch may have started libgomp's team before, and the first call may be the child's.
+[[maybe_unused]] static const int registered = pthread_atfork(nullptr, nullptr, [] { child.store(true); });
 #endif
-    return child.load(std::memory_order_relaxed);
-}
+
+bool forked_child() { return child.load(std::memory_order_relaxed); }
 
 }  // namespace fastattn
