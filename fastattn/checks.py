@@ -124,14 +124,23 @@ def tile_plan(plan: TilePlan, target: tuple[int, ...], device: torch.device) -> 
 
 
 def _per_head(name: str, t: Tensor, shapes: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    wanted = " or ".join(map(str, map(list, shapes)))
     if not isinstance(t, Tensor) or not t.is_floating_point():
-        raise TypeError(f"{name} must be a floating point tensor {wanted}, got {getattr(t, 'dtype', type(t).__name__)}")
+        got = getattr(t, "dtype", type(t).__name__)
+        raise TypeError(f"{name} must be a floating point tensor {_either(shapes)}, got {got}")
     if t.device != device:
         raise ValueError(f"{name} is on {t.device} but q is on {device}; move it with .to(q.device)")
-    if tuple(t.shape) not in shapes:
-        raise ValueError(f"{name} {list(t.shape)} must be {wanted}")
+    if not has_shape(t, shapes):
+        raise ValueError(f"{name} {list(t.shape)} must be {_either(shapes)}")
     return t
+
+
+def has_shape(t: Tensor, shapes: tuple[tuple[int, ...], ...]) -> bool:
+    """Of as many dimensions first: where sizes are symbols, each that is compared is bound to what it was."""
+    return any(t.dim() == len(shape) and t.shape == shape for shape in shapes)
+
+
+def _either(shapes: tuple[tuple[int, ...], ...]) -> str:
+    return " or ".join(str(list(shape)) for shape in shapes)
 
 
 def alibi_slopes(slopes: Tensor, B: int, Hq: int, device: torch.device) -> Tensor:
@@ -173,7 +182,7 @@ def softcap_value(softcap: Optional[float]) -> float:
     """0.0 for none."""
     if softcap is None:
         return 0.0
-    if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
+    if not _is_number(softcap):
         raise TypeError(f"softcap must be a float > 0 or None, got {softcap!r}")
     if not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be > 0 and finite, or None, got {softcap!r}")
@@ -207,7 +216,7 @@ def window_sides(window: Window) -> tuple[Optional[int], Optional[int]]:
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise TypeError(f"window must be (left, right), each an int >= 0 or None for unbounded, got {window!r}")
     for side in window:
-        if side is not None and (isinstance(side, bool) or not isinstance(side, int)):
+        if side is not None and (isinstance(side, bool) or not isinstance(side, (int, torch.SymInt))):
             raise TypeError(f"window sides must be ints or None, got {window!r}")
         if side is not None and side < 0:
             raise ValueError(f"window sides must be >= 0 or None for unbounded, got {window!r}")
@@ -222,7 +231,7 @@ def deterministic(value: object) -> bool:
 
 
 def probability(p) -> float:
-    if isinstance(p, bool) or not isinstance(p, (int, float)):
+    if not _is_number(p):
         raise TypeError(f"dropout_p must be a float in [0, 1], got {p!r}")
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout_p must be a float in [0, 1], got {p!r}")
@@ -232,8 +241,12 @@ def probability(p) -> float:
 def scale_value(scale, D: int) -> float:
     if scale is None:
         return D**-0.5 if D > 0 else 1.0
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+    if not _is_number(scale):
         raise TypeError(f"scale must be a float, got {type(scale).__name__} {scale!r}")
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # not isfinite: torch.compile traces comparisons of numbers that vary
         raise ValueError(f"scale must be finite, got {scale!r}")
     return float(scale)
+
+
+def _is_number(x) -> bool:
+    return isinstance(x, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(x, bool)

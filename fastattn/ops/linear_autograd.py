@@ -29,6 +29,8 @@ _PARAMS = len(LinearParams._fields)
 
 def attend(x: LinearTensors, params: LinearParams, backend: str) -> tuple[Tensor, Tensor, Optional[Tensor]]:
     """(out, kv, z), differentiable; z is None where nothing is normalised."""
+    if torch.compiler.is_compiling():  # Dynamo refuses one tensor as two arguments of an autograd function
+        x = x._replace(k=x.k.view_as(x.k), v=x.v.view_as(x.v))
     out, kv, z, _ = LinearAttention.apply(*x, *params, backend)
     return out, kv, z if params.normalize else None
 

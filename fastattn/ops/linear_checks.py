@@ -104,7 +104,7 @@ def decay(g: Any, x: LinearTensors, call: LinearParams, look: bool) -> Tensor:
     g = _floats("decay", g, x.q)
     B, L, D, Hs = x.q.shape[0], x.k.shape[2], x.k.shape[3], x.state_heads
     shapes = (Hs,), (B, Hs, L), (B, Hs, L, D)
-    if tuple(g.shape) not in shapes:
+    if not checks.has_shape(g, shapes):
         raise ValueError(
             f"decay {list(g.shape)} must be {list(shapes[0])} (one per head), {list(shapes[1])} (one per token) or "
             f"{list(shapes[2])} (one per channel)"

@@ -19,7 +19,8 @@ _TENSORS = (
     "Tensor? mask, Tensor? diagonal, Tensor? rng, Tensor[] plan, "
 )
 _OPTIONS = (
-    "float scale, str causal, int? window_left, int? window_right, float softcap, float dropout_p, bool deterministic, "
+    "float scale, str causal, SymInt? window_left, SymInt? window_right, float softcap, float dropout_p, "
+    "bool deterministic, "
 )
 _PLAN = SoftmaxTensors._fields.index("plan")  # place of the plan among the tensors
 _END = _PLAN + 7  # tensors of a call, the plan's one by one
@@ -27,6 +28,8 @@ _END = _PLAN + 7  # tensors of a call, the plan's one by one
 
 def attend(x: SoftmaxTensors, params: SoftmaxParams, backend: str) -> tuple[Tensor, Tensor]:
     """(out, lse), differentiable."""
+    if torch.compiler.is_compiling():  # Dynamo refuses one tensor as two arguments of an autograd function
+        x = x._replace(k=x.k.view_as(x.k), v=x.v.view_as(x.v))
     *tensors, plan = x
     fields = (None,) * 7 if plan is None else plan.tensors()
     return SoftmaxAttention.apply(*tensors, *fields, *params, backend)[:2]
