@@ -65,7 +65,8 @@ def _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
     mask, bias = _split_mask(attn_mask, q, k, lead)
     causal = "top_left" if is_causal else False
     out = attention(q, k, v, mask=mask, bias=bias, causal=causal, dropout_p=dropout_p, scale=scale, backend=backend)
-    return out if query.dim() == 4 and len(lead) == 1 else out.reshape(*lead, *_head(query, key, value), *out.shape[2:])
+    rank = max(query.dim(), key.dim(), value.dim())
+    return out if rank == 4 else out.reshape(*lead, *out.shape[1 if rank > 2 else 2 :])
 
 
 def _sizes(query, key, value) -> str:
@@ -105,10 +106,6 @@ def _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) -> No
             raise RuntimeError(
                 f"enable_gqa needs the heads of query to be a multiple of those of key and value: {_sizes(query, key, value)}"
             )
-
-
-def _head(query, key, value) -> tuple[int, ...]:
-    return (max(t.shape[-3] if t.dim() > 2 else 1 for t in (query, key, value)),) if query.dim() > 2 else ()
 
 
 def _four_dimensions(query, key, value, enable_gqa):
