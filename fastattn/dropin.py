@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from .autograd import autocast
 from .checks import shapes
 from .dispatch import check_name
 from .ops.softmax import attention, plain_attention
@@ -60,6 +61,7 @@ def _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
     if query.is_nested:
         # Ragged batches are torch's own; fastattn takes them packed, not nested.
         return _torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    query, key, value = autocast(query, key, value)
     _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     lead, q, k, v = _four_dimensions(query, key, value, enable_gqa)
     mask, bias = _split_mask(attn_mask, q, k, lead)
@@ -78,10 +80,9 @@ def _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) -> No
     if min(ranks) < 2 or max(ranks) > 5:
         raise RuntimeError(f"query, key and value must have 2 to 5 dimensions: {_sizes(query, key, value)}")
     if query.dtype != key.dtype or query.dtype != value.dtype:
-        if not torch.is_autocast_enabled(query.device.type):
-            raise RuntimeError(
-                f"query, key and value must share one dtype: {query.dtype}, {key.dtype}, {value.dtype} ({_sizes(query, key, value)})"
-            )
+        raise RuntimeError(
+            f"query, key and value must share one dtype: {query.dtype}, {key.dtype}, {value.dtype} ({_sizes(query, key, value)})"
+        )
     if not query.is_floating_point():
         raise RuntimeError(
             f"query, key and value must be floating point, got {query.dtype} ({_sizes(query, key, value)})"
@@ -144,11 +145,14 @@ def _split_mask(attn_mask, q, k, lead):
     """(mask, bias): the bool or float attn_mask in four dimensions, broadcast only where folding the batch needs it."""
     if attn_mask is None:
         return None, None
-    if attn_mask.dtype != torch.bool and attn_mask.dtype not in (q.dtype, torch.float32):
-        if not (torch.is_autocast_enabled(q.device.type) and attn_mask.is_floating_point()):
+    if attn_mask.dtype not in (torch.bool, torch.float32):
+        (attn_mask,) = autocast(attn_mask)
+        if attn_mask.dtype != q.dtype:
             raise RuntimeError(
                 f"attn_mask must be bool, {q.dtype} or float32, got {attn_mask.dtype} {list(attn_mask.shape)}"
             )
+    elif attn_mask.dtype == torch.float32 and q.dtype == torch.float64:
+        attn_mask = attn_mask.double()
     scores = (*lead, q.shape[1], q.shape[2], k.shape[2])
     fits = attn_mask.dim() <= len(scores) and all(m in (1, s) for m, s in zip(attn_mask.shape[::-1], scores[::-1]))
     if not fits:

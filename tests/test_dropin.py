@@ -1,6 +1,4 @@
-"""fastattn.scaled_dot_product_attention: every row of the drop-in table, and the patch."""
-
-import threading
+"""fastattn.scaled_dot_product_attention: every row of the drop-in table."""
 
 import pytest
 import torch
@@ -8,19 +6,10 @@ import torch.nn.functional as F
 from harness import BF16, FP16, FP32, FP64
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import fastattn
 from fastattn import scaled_dot_product_attention as sdpa
 from fastattn.testing import max_error, randn
 
 torch_sdpa = F.scaled_dot_product_attention
-
-
-@pytest.fixture(autouse=True)
-def unpatched():
-    """A failing test must not leave the patch on for the next."""
-    yield
-    while fastattn.disable().active:
-        pass
 
 
 def qkv(*lead, Lq=9, Lk=13, D=8, Dv=None, dtype=FP32, Hk=None):
@@ -107,6 +96,13 @@ def test_mask_dtypes(dtype):
             sdpa(q, k, v, torch.zeros(9, 13, dtype=bad))
     with pytest.raises(RuntimeError, match="attn_mask"):
         sdpa(*qkv(2, 3), torch.zeros(9, 13, dtype=dtype))
+
+
+def test_mask_of_fp32_for_fp64():
+    q, k, v = qkv(2, 3, dtype=FP64)
+    mask = randn((3, 9, 13), FP32, 4)
+    agree(q, k, v, mask, tolerance=1e-6)
+    assert max_error(sdpa(q, k, v, mask), torch_math(q, k, v, mask.double())) < 1e-13
 
 
 def test_mask_and_is_causal_is_refused():
@@ -241,6 +237,15 @@ def test_autocast(dtype):
         ours, theirs = sdpa(q, k.to(BF16), v.double().float(), mask), torch_sdpa(q, k.to(BF16), v, mask)
     assert ours.dtype == theirs.dtype == dtype
     assert max_error(ours, theirs) < {BF16: 2e-2, FP16: 2e-3}[dtype]
+    with torch.autocast("cpu", dtype=dtype):
+        for half in (BF16, FP16):
+            found = sdpa(q, k, v, mask.to(half))
+            assert found.dtype == dtype and max_error(found, theirs) < 2e-2
+        with pytest.raises(RuntimeError, match="attn_mask.*float64"):
+            sdpa(q, k, v, mask.double())
+        with pytest.raises(RuntimeError, match="dtype.*float64"):
+            sdpa(q, k.double(), v)
+        assert sdpa(q.double(), k.double(), v.double(), mask.double()).dtype == FP64
 
 
 def test_scale():
@@ -276,130 +281,3 @@ def test_signature_is_torchs():
     assert torch.equal(by_name, sdpa(q, k, v, mask, 0.0, False, scale=0.3))
     with pytest.raises(TypeError):
         sdpa(q, k, v, mask, 0.0, False, 0.3)
-
-
-def test_compile_of_patched_code():
-    torch._dynamo.reset()
-    q, k, v = qkv(2, 3)
-    with fastattn.patched():
-        compiled = torch.compile(
-            lambda *x: F.scaled_dot_product_attention(*x, is_causal=True), fullgraph=True, backend="aot_eager"
-        )
-        assert max_error(compiled(q, k, v), torch_math(q, k, v, is_causal=True)) < 2e-6
-    torch._dynamo.reset()
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """Counts calls that reach fastattn."""
-    import fastattn.dropin as dropin
-
-    count = []
-    inner = dropin.attention
-    monkeypatch.setattr(dropin, "plain_attention", lambda *a: None)  # the short cut past it
-    monkeypatch.setattr(dropin, "attention", lambda *a, **k: (count.append(k.get("backend")), inner(*a, **k))[1])
-    return count
-
-
-def test_enable_disable_nest(calls):
-    q, k, v = qkv(2, 3)
-    assert F.scaled_dot_product_attention is torch_sdpa
-    fastattn.enable()
-    fastattn.enable(backend="eager")
-    F.scaled_dot_product_attention(q, k, v)
-    fastattn.disable()
-    F.scaled_dot_product_attention(q, k, v)
-    assert calls == ["eager", "auto"]
-    fastattn.disable()
-    assert F.scaled_dot_product_attention is torch_sdpa
-    fastattn.disable()  # one too many does no harm
-    F.scaled_dot_product_attention(q, k, v)
-    assert len(calls) == 2 and F.scaled_dot_product_attention is torch_sdpa
-
-
-def test_patched_restores_after_an_error():
-    with pytest.raises(ZeroDivisionError):
-        with fastattn.patched(), fastattn.patched(backend="eager"):
-            raise ZeroDivisionError
-    assert F.scaled_dot_product_attention is torch_sdpa
-
-
-def test_report_says_what_is_patched():
-    with fastattn.patched(backend="eager") as report:
-        assert report.active and "scaled_dot_product_attention" in str(report) and "eager" in str(report)
-    report = fastattn.enable()
-    assert report.active and report.depth == 1
-    assert not fastattn.disable().active
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_multihead_attention_goes_through_the_patch(calls, training):
-    """The fast path of nn.MultiheadAttention bypasses F.scaled_dot_product_attention: switched off inside, restored after."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    layer = torch.nn.MultiheadAttention(16, 2, batch_first=True).train(training)
-    x = randn((2, 5, 16), FP32)
-    with torch.no_grad():
-        expected = layer(x, x, x, need_weights=False)[0]
-        with fastattn.patched():
-            assert not torch.backends.mha.get_fastpath_enabled()
-            found = layer(x, x, x, need_weights=False)[0]
-    assert torch.backends.mha.get_fastpath_enabled() == before
-    assert len(calls) == 1 and max_error(found, expected) < 2e-6
-
-
-def test_invalid_backend_is_refused_before_patching():
-    with pytest.raises(ValueError, match="backend"):
-        fastattn.enable(backend="cudnn")
-    assert F.scaled_dot_product_attention is torch_sdpa
-
-
-def test_overlapping_threads_keep_their_backend(calls):
-    """A enters, B enters, A leaves: B is still patched, with its own backend; after B all is restored."""
-    tensors = qkv(2, 3)
-    a_in, b_in, a_out = threading.Event(), threading.Event(), threading.Event()
-    seen = []
-
-    def first():
-        with fastattn.patched(backend="eager"):
-            a_in.set()
-            b_in.wait(20)
-        a_out.set()
-
-    def second():
-        a_in.wait(20)
-        with fastattn.patched(backend="reference"):
-            b_in.set()
-            a_out.wait(20)
-            F.scaled_dot_product_attention(*tensors)
-            seen.append(F.scaled_dot_product_attention is not torch_sdpa)
-
-    threads = [threading.Thread(target=f) for f in (first, second)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert seen == [True] and calls == ["reference"]
-    assert F.scaled_dot_product_attention is torch_sdpa
-
-
-def test_many_threads_patch_and_unpatch():
-    tensors = qkv(2, 3)
-    expected = torch_math(*tensors)
-    errors = []
-
-    def work():
-        try:
-            for _ in range(50):
-                with fastattn.patched():
-                    assert F.scaled_dot_product_attention is not torch_sdpa
-                    assert max_error(F.scaled_dot_product_attention(*tensors), expected) < 2e-6
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not errors and F.scaled_dot_product_attention is torch_sdpa
-    assert torch.backends.mha.get_fastpath_enabled()
