@@ -41,26 +41,28 @@ def scaled_dot_product_attention(
     Raises RuntimeError with the shapes where the arguments do not fit; attn_mask together with is_causal is refused:
     `fastattn.attention(mask=..., causal=...)` combines them.
     """
-    return _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, "auto")
+    function = scaled_dot_product_attention
+    return _sdpa(function, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, "auto")
 
 
-def _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend) -> Tensor:
+def _sdpa(function, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend) -> Tensor:
+    """`function`: what was called, for subclasses and modes that override it."""
     observed = torch._C._is_torch_function_mode_enabled()
     if attn_mask is None and dropout_p == 0 and dropout_p is not False and backend == "auto" and not observed:
         quick = plain_attention(query, key, value, scale, "top_left" if is_causal else False, bool(enable_gqa))
         if quick is not None:
             return quick
-    if has_torch_function((query, key, value)):
+    if any(isinstance(t, Tensor) and t.is_nested for t in (query, key, value)):
+        # Ragged batches are torch's own; fastattn takes them packed, not nested.
+        return _torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    tensors = (query, key, value, attn_mask)
+    if has_torch_function(tensors):
         return handle_torch_function(
-            scaled_dot_product_attention, (query, key, value), query, key, value, attn_mask, dropout_p, is_causal,
-            scale=scale, enable_gqa=enable_gqa,
-        )  # fmt: skip
+            function, tensors, query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     for name, t in (("query", query), ("key", key), ("value", value)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
-    if query.is_nested:
-        # Ragged batches are torch's own; fastattn takes them packed, not nested.
-        return _torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     query, key, value = autocast(query, key, value)
     _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     lead, q, k, v = _four_dimensions(query, key, value, enable_gqa)
@@ -188,6 +190,7 @@ class _Entry:
 
 _lock = threading.RLock()
 _entries: list[_Entry] = []
+_sdpa_before = _torch_sdpa
 _fastpath_before = True
 
 
@@ -203,8 +206,10 @@ def _patched_sdpa(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ) -> Tensor:
     entry = _current()
-    backend = "auto" if entry is None else entry.backend
-    return _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend)
+    if entry is None:  # someone's own patch still calls this one
+        return _torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    function = _patched_sdpa
+    return _sdpa(function, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, entry.backend)
 
 
 def report() -> PatchReport:
@@ -222,13 +227,14 @@ def report() -> PatchReport:
 
 
 def _push(backend: str) -> _Entry:
-    global _fastpath_before
+    global _sdpa_before, _fastpath_before
     check_name(backend)
     entry = _Entry(backend, threading.get_ident())
     with _lock:
         if not _entries:
             _fastpath_before = torch.backends.mha.get_fastpath_enabled()
             torch.backends.mha.set_fastpath_enabled(False)
+            _sdpa_before = F.scaled_dot_product_attention
             F.scaled_dot_product_attention = _patched_sdpa
         _entries.append(entry)
     return entry
@@ -239,7 +245,8 @@ def _remove(entry: _Entry) -> None:
         if entry in _entries:
             _entries.remove(entry)
             if not _entries:
-                F.scaled_dot_product_attention = _torch_sdpa
+                if F.scaled_dot_product_attention is _patched_sdpa:
+                    F.scaled_dot_product_attention = _sdpa_before
                 torch.backends.mha.set_fastpath_enabled(_fastpath_before)
 
 
@@ -250,7 +257,7 @@ def enable(backend: str = "auto") -> PatchReport:
 
 
 def disable() -> PatchReport:
-    """Undoes the newest `enable`; the last one restores torch's own function."""
+    """Undoes the newest `enable`; the last one puts back the function that was there, unless someone replaced ours."""
     with _lock:
         entry = _current()
         if entry is not None:

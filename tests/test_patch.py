@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from harness import FP32
 from test_dropin import qkv, torch_math, torch_sdpa
+from torch.overrides import TorchFunctionMode
 
 import fastattn
 from fastattn.testing import max_error, randn
@@ -64,6 +65,64 @@ def test_patched_restores_after_an_error():
         with fastattn.patched(), fastattn.patched(backend="eager"):
             raise ZeroDivisionError
     assert F.scaled_dot_product_attention is torch_sdpa
+
+
+def test_what_was_there_is_put_back():
+    """Someone else's function comes back; one put in place of ours meanwhile stays, and may still call ours."""
+    q, k, v = qkv(2, 3)
+    ours = []
+
+    def wrap(inner):
+        return lambda *args, **options: (ours.append(inner), inner(*args, **options))[1]
+
+    before = F.scaled_dot_product_attention = wrap(torch_sdpa)
+    try:
+        with fastattn.patched():
+            assert F.scaled_dot_product_attention is not before
+        assert F.scaled_dot_product_attention is before
+        with fastattn.patched():
+            later = F.scaled_dot_product_attention = wrap(F.scaled_dot_product_attention)
+        assert F.scaled_dot_product_attention is later
+        assert max_error(later(q, k, v), torch_sdpa(q, k, v)) == 0  # no patch is on: torch's own
+    finally:
+        F.scaled_dot_product_attention = torch_sdpa
+
+
+def test_nested_tensors_are_torchs():
+    sequences = [randn((L, 2, 8), FP32, L) for L in (5, 6)]
+    jagged = torch.nested.nested_tensor(sequences, layout=torch.jagged).transpose(1, 2)
+    strided = torch.nested.nested_tensor([x.transpose(0, 1).contiguous() for x in sequences])
+    for x in (jagged, strided):
+        expected = torch_sdpa(x, x, x)
+        with fastattn.patched():
+            results = F.scaled_dot_product_attention(x, x, x), fastattn.scaled_dot_product_attention(x, x, x)
+        for found in results:
+            assert all(torch.equal(a, b) for a, b in zip(found.unbind(), expected.unbind()))
+
+
+class Watching(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_modes_and_subclasses_keep_the_backend(calls):
+    q, k, v = qkv(2, 3)
+    mask = torch.ones(9, 13).as_subclass(Subclass)
+    with fastattn.patched(backend="eager"):
+        with Watching() as mode:
+            F.scaled_dot_product_attention(q, k, v)
+        assert F.scaled_dot_product_attention in mode.seen
+        assert type(F.scaled_dot_product_attention(q, k, v, mask)) is Subclass
+    assert calls == ["eager", "eager"]
 
 
 def test_report_says_what_is_patched():
