@@ -209,14 +209,17 @@ def _words(x: Union[SoftmaxTensors, LinearTensors]) -> list[str]:
 
 
 def _memory_order(q: Tensor) -> tuple[int, int, int]:
-    """The first three dimensions of q, outermost in memory first."""
+    """The first three dimensions of q, outermost in memory first; an expanded one stays in its place, as in torch."""
     strides = q.stride()
     if strides[0] >= strides[1] >= strides[2]:
         return 0, 1, 2
-    if strides[0] >= strides[2] >= strides[1]:
+    if strides[0] >= strides[2] >= strides[1] > 0:
         return 0, 2, 1
-    first, second, third = sorted(range(3), key=lambda dim: -strides[dim])
-    return first, second, third
+    order = [0, 1, 2]
+    for i, j in ((0, 1), (0, 2), (1, 2)):  # not sorted(): torch.compile traces comparisons of sizes that vary
+        if 0 < strides[order[i]] < strides[order[j]]:
+            order[i], order[j] = order[j], order[i]
+    return order[0], order[1], order[2]
 
 
 def empty_like_layout(q: Tensor, last: int, dtype: Optional[torch.dtype] = None) -> Tensor:

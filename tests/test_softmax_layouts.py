@@ -26,6 +26,25 @@ def test_layouts(tensor, layout, dtype, backend):
 
 
 @all_backends
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3)], ids=str)
+@pytest.mark.parametrize("dims", [(0,), (1,), (2,), (0, 1), (0, 2), (0, 1, 2)], ids=str)
+def test_out_of_an_expanded_query(dims, order, backend):
+    """Expanded dimensions take their place as in torch.empty_like, so that a broadcast batch can be viewed as rows."""
+    q, k, v = make(Case(B=2, Hq=4, Hk=4, Lq=5, Lk=7, D=8), FP32, device=DEVICE)[:3]
+    small = q.permute(order)
+    for dim in (order.index(dim) for dim in dims):
+        small = small.narrow(dim, 0, 1)
+    q = small.contiguous().permute(order).expand(q.shape)
+    torch._dynamo.reset()
+    for function in (
+        fastattn.attention,
+        torch.compile(fastattn.attention, backend="aot_eager", fullgraph=True, dynamic=True),
+    ):
+        out = function(q, k, v, backend=backend)
+        assert out.stride() == torch.empty_like(q).stride()
+
+
+@all_backends
 @all_dtypes
 @pytest.mark.parametrize("layout", sorted(set(LAYOUTS) - {"expanded"}))
 def test_layout_does_not_change_the_result(layout, dtype, backend):
