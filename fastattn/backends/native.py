@@ -83,8 +83,8 @@ def softmax_forward(x: SoftmaxTensors, params: SoftmaxParams, with_parts: bool):
     x = _dense(x)
     q, k, v = x.q, x.k, x.v
     out = empty_like_layout(q, v.shape[3])
-    lse = torch.empty(q.shape[:3], dtype=torch.float32)
-    parts = torch.empty((*q.shape[:3], 2), dtype=torch.float32) if with_parts else None
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    parts = lse.new_empty((*q.shape[:3], 2)) if with_parts else None
     lo, hi = params.band(q.shape[2], k.shape[2])
     _C.softmax_forward(
         x, out, lse, parts, params.scale, lo, hi, params.softcap, params.dropout_p, torch.get_num_threads()
@@ -139,7 +139,7 @@ def linear_saved_shape(x: LinearTensors, params: LinearParams) -> tuple[int, ...
 def linear_forward(x: LinearTensors, params: LinearParams, with_saved: bool):
     assert _C is not None
     out = x.empty_out()
-    kv = torch.empty(x.state_shape(params.feature_map), dtype=torch.float32)
+    kv = x.q.new_empty(x.state_shape(params.feature_map), dtype=torch.float32)
     z = kv.new_empty(kv.shape[:3]) if params.normalize else None
     saved = kv.new_empty(linear_saved_shape(x, params)) if with_saved and _saves(x, params) else None
     _C.linear_forward(_dense_states(x), out, kv, z, saved, *_linear_options(params), torch.get_num_threads())
@@ -205,8 +205,8 @@ def _plan_tensors(builder: Any, slices: int, Lq: int, Lk: int) -> tuple[torch.Te
     q_tiles, k_tiles = -(-Lq // 64), -(-Lk // 64)
     n_rows, n_columns, n_words = builder.finish()
     shapes = (slices * q_tiles + 1,), (n_rows, 3), (slices * k_tiles + 1,), (n_columns, 3)
-    runs = [torch.empty(shape, dtype=torch.int32) for shape in shapes]
-    orders = [torch.empty(slices, n, dtype=torch.int32) for n in (q_tiles, k_tiles)]
-    tensors = (*runs, torch.empty(n_words, 64, dtype=torch.int64), *orders)
+    runs = [torch.empty(shape, dtype=torch.int32, device="cpu") for shape in shapes]
+    orders = [torch.empty(slices, n, dtype=torch.int32, device="cpu") for n in (q_tiles, k_tiles)]
+    tensors = (*runs, torch.empty(n_words, 64, dtype=torch.int64, device="cpu"), *orders)
     builder.write(tensors)
     return tensors

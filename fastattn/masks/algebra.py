@@ -71,9 +71,10 @@ class Mask:
     def to_dense(self, Lq: int, Lk: int) -> Tensor:
         """bool [batches, heads, Lq, Lk], True = visible. O(Lq Lk) memory: for tests and small sizes."""
         self._refuse(Lq, Lk)
-        dense = torch.empty((*self.shape, Lq, Lk), dtype=torch.bool)
-        for i0, i1, rows in self._stretches(Lq, Lk):
-            dense[:, :, i0:i1] = to_bool(rows)
+        with data.on_cpu():
+            dense = torch.empty((*self.shape, Lq, Lk), dtype=torch.bool)
+            for i0, i1, rows in self._stretches(Lq, Lk):
+                dense[:, :, i0:i1] = to_bool(rows)
         return dense
 
     def density(self, Lq: int, Lk: int) -> float:
@@ -81,9 +82,10 @@ class Mask:
         self._refuse(Lq, Lk)
         B, H = self.shape
         visible = 0
-        for i0, i1, rows in self._stretches(Lq, Lk):
-            held = rows[0].shape[0] * rows[0].shape[1] * rows[0].shape[2]
-            visible += visible_keys(rows) * (B * H * (i1 - i0) // held)
+        with data.on_cpu():
+            for i0, i1, rows in self._stretches(Lq, Lk):
+                held = rows[0].shape[0] * rows[0].shape[1] * rows[0].shape[2]
+                visible += visible_keys(rows) * (B * H * (i1 - i0) // held)
         return visible / (B * H * Lq * Lk) if B * H * Lq * Lk else 0.0
 
     def plan(self, Lq: int, Lk: int, tile: int = TILE, device: Union[str, torch.device] = "cpu") -> TilePlan:
@@ -140,7 +142,8 @@ class Mask:
         names = {f.name for f in fields(cls)}
         if set(stored) != {"kind", *names}:
             raise ValueError(f"{stored['kind']} is stored with the keys {sorted(names)}, got {sorted(stored)}")
-        return cls(**{name: _decode(stored[name]) for name in names})
+        with data.on_cpu():
+            return cls(**{name: _decode(stored[name]) for name in names})
 
     def __eq__(self, other: object) -> bool:
         """Equal expressions with equal data. Two expressions of the same pairs may differ."""

@@ -34,7 +34,9 @@ def from_dense(visible: Tensor) -> tuple[Mask, Report]:
     if whole.numel() == 0:
         return dense(visible), Report("empty", 0.0, None)
     step = TILE * max(1, _CHUNK // max(B * H * Lk, 1) // TILE)
-    return recognise((table_of(whole[:, :, i : i + step]) for i in range(0, Lq, step)), Lq, Lk)
+    with data.on_cpu():
+        rows = [table_of(whole[:, :, i : i + step]) for i in range(0, Lq, step)]
+    return recognise(rows, Lq, Lk)
 
 
 def from_causal_bias(bias: Any) -> Mask:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,10 +14,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 Ints = Any  # a field given as an int tensor or a nested list of ints, a tensor from the constructor on
 
 
+def on_cpu() -> AbstractContextManager:
+    """Tensors made inside lie on the CPU, as masks do, whatever torch.set_default_device says."""
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+
+
 @contextmanager
 def plainly() -> Iterator[None]:
     """Tensors made inside are ordinary ones: masks and plans outlive inference mode, transforms and dispatch modes."""
-    with torch.inference_mode(False), torch._C._DisableFuncTorch(), _disable_current_modes():
+    with torch.inference_mode(False), torch._C._DisableFuncTorch(), _disable_current_modes(), on_cpu():
         yield
 
 
@@ -25,7 +30,7 @@ def owned(name: str, value: Any, dims: Sequence[int]) -> Tensor:
     """A CPU copy of a tensor (or nested list) that nobody else can write; its number of dimensions is one of `dims`."""
     if not isinstance(value, Tensor):
         try:
-            value = torch.tensor(value)
+            value = torch.tensor(value, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{name} must be a tensor or a list of numbers: {error}") from None
         if value.numel() == 0 and value.dtype == torch.float32:
@@ -129,12 +134,17 @@ def decode(value: Any) -> Any:
         size *= n
     if len(data) != (-(-size // 8) if dtype == torch.bool else size * dtype.itemsize):
         raise ValueError(f"{len(data)} bytes do not fill a {value['dtype']} tensor of shape {shape}")
-    flat = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    empty = torch.empty(0, dtype=torch.uint8, device="cpu")
+    flat = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else empty
     if dtype == torch.bool:
-        return ((flat[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()[:size].bool().view(shape)
+        return ((flat[:, None] >> _bits()) & 1).flatten()[:size].bool().view(shape)
     return flat.view(dtype).view(shape)
 
 
 def _pack_bools(value: Tensor) -> Tensor:
     flat = torch.nn.functional.pad(value.reshape(-1), (0, -value.numel() % 8)).view(-1, 8)
-    return (flat.to(torch.uint8) << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    return (flat.to(torch.uint8) << _bits()).sum(-1, dtype=torch.uint8)
+
+
+def _bits() -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device="cpu")

@@ -97,7 +97,9 @@ def _rows_of_blocks(block_mask: BlockMask, Lq: int, Lk: int) -> Iterator[Rows]:
         visible[ask] = _asked(block_mask, ask.nonzero(), q, Lq, Lk)
         B, H, nk = visible.shape[:3]
         dense = visible.transpose(2, 3).reshape(B, H, bq, nk * bk)[:, :, : Lq - q * bq, :Lk]
-        yield table_of(dense.cpu())
+        with data.on_cpu():
+            rows = table_of(dense.cpu())
+        yield rows
 
 
 def _unlisted(count: Tensor, indices: Tensor) -> Tensor:

@@ -231,7 +231,8 @@ def dense(visible: Tensor) -> Mask:
     It fixes the lengths. `from_dense` looks for structure first. Errors: TypeError for other dtypes, ValueError.
     """
     visible = data.leading(data.bools("visible", visible, (2, 3, 4)), 2)
-    return packed_bits(pack(visible).words, visible.shape[-1])
+    with data.on_cpu():
+        return packed_bits(pack(visible).words, visible.shape[-1])
 
 
 def _lengths(name: str, value: Any, dims: tuple[int, ...]) -> Tensor:

@@ -208,7 +208,7 @@ class tree(Mask):
             enter[node], clock = clock, clock + 1
             stack.append(~node)
             stack += children[node]
-        return torch.tensor([enter, leave], dtype=torch.int32)
+        return torch.tensor([enter, leave], dtype=torch.int32, device="cpu")
 
     def refuse_lengths(self, Lq: int, Lk: int) -> None:
         refuse_length(self, "Lq", Lq, len(self.parents))

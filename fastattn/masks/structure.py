@@ -8,6 +8,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from . import data
 from .algebra import Mask
 from .grids import blocks
 from .patterns import causal, empty, full, intervals, key_padding, packed_bits, prefix, window
@@ -32,7 +33,12 @@ class Report(NamedTuple):
 
 def recognise(stretches: Iterable[Rows], Lq: int, Lk: int) -> tuple[Mask, Report]:
     """The mask of rows given in order for all queries (Lq >= 1), under the name of the first pattern that fits."""
-    rows = _collapsed(join(list(stretches)))
+    stretches = list(stretches)
+    with data.on_cpu():
+        return _recognised(_collapsed(join(stretches)), Lq, Lk)
+
+
+def _recognised(rows: Rows, Lq: int, Lk: int) -> tuple[Mask, Report]:
     pairs = rows[0].shape[:3].numel() * Lk
     density = visible_keys(rows) / pairs if pairs else 0.0
     most = rows.lo.shape[-1] if isinstance(rows, Intervals) else None
