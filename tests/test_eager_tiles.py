@@ -4,9 +4,12 @@ import pytest
 import torch
 from harness import BF16, DEVICE, FP32, FP64, assert_equal, attend, check, check_inputs
 from test_softmax import COMBINED, OPTIONS
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fastattn
 import fastattn.eager.softmax_tiles as eager
+from fastattn import masks
 from fastattn.testing import Case, dropout_mask, make, next_rng
 
 
@@ -62,3 +65,27 @@ def test_second_derivatives_over_many_tiles(options):
 
     for found, expected in zip(second("eager"), second("reference")):
         torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that an operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.elements = max([self.elements, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
+        return out
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"mask": masks.documents([0] * 100 + [1] * 156)}], ids=str)
+def test_second_derivatives_hold_no_tensor_of_size_Lq_by_Lk(options, monkeypatch):
+    L = 256
+    monkeypatch.setattr(eager, "TILE_ELEMENTS", 64 * L)
+    monkeypatch.setattr(eager, "TILE_K", 16)
+    leaves = [x.requires_grad_() for x in make(Case(B=1, Hq=1, Hk=1, Lq=L, Lk=L, D=4), FP32)[:3]]
+    out = fastattn.attention(*leaves, backend="eager", **options)
+    grads = torch.autograd.grad(out.sin().sum(), leaves, create_graph=True)
+    with Largest() as largest:
+        torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+    assert L * 4 <= largest.elements <= L * L / 4

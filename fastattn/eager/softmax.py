@@ -96,9 +96,10 @@ def softmax_backward(dout, dlse, x: SoftmaxTensors, out, parts, params: SoftmaxP
 def softmax_double_backward(cotangents, dout, dlse, x: SoftmaxTensors, params: SoftmaxParams):
     """Cotangents of (dout, dlse, *x.differentiable()) given those of the six gradients.
 
-    Each block of query rows is differentiated twice by autograd on its own, so memory stays O(rows * Lk).
+    Each block of query rows is differentiated twice by autograd on its own, over all its keys at once.
     """
     problem = Problem(x, params)
+    problem.take_all_keys()
     wide = problem.wide
     inputs: list[Any] = [t if t is None else t.detach() for t in (dout, dlse, *x.differentiable())]
     grads = [None if t is None else torch.zeros_like(t, dtype=wide) for t in inputs]

@@ -39,16 +39,28 @@ class Problem:
         self.before: float = math.copysign(1.0, params.scale) if late else params.scale
         self.factor: float = abs(params.scale) if late else 1.0
         self.empty = x.q.numel() == 0 and 0 in x.q.shape[:3] or self.Lk == 0
-        heads = max(1, self.B * self.Hq)
         # Where tiles are skipped, short ones: fewer are touched in part.
         skips = self.lo is not None or self.hi is not None or x.plan is not None
         most_rows = min(max(self.Lq, 1), BAND_ROWS) if skips else max(self.Lq, 1)
-        self.rows = max(16, min(most_rows, TILE_ELEMENTS // (heads * min(TILE_K, max(self.Lk, 1)))))
-        self.columns = TILE_K
-        if x.plan is not None:  # whole tiles of the plan
-            self.rows, self.columns = (max(x.plan.tile, n // x.plan.tile * x.plan.tile) for n in (self.rows, TILE_K))
+        self.rows = self._whole_tiles(min(most_rows, self._rows_of(min(TILE_K, self.Lk))))
+        self.columns = self._whole_tiles(TILE_K)
         self._planned: tuple[int, Optional[Tensor]] = (-1, None)
         self.seen = None if self.empty else self._seen_keys()
+
+    def _rows_of(self, keys: int) -> int:
+        """As many rows as make a tile of these keys."""
+        return max(16, TILE_ELEMENTS // (max(1, self.B * self.Hq) * max(1, keys)))
+
+    def _whole_tiles(self, n: int) -> int:
+        """n rounded down to tiles of the plan, at least one."""
+        tile = 1 if self.x.plan is None else self.x.plan.tile
+        return max(tile, n // tile * tile)
+
+    def take_all_keys(self) -> None:
+        """From here on q_tiles are so short that the whole key_range of each makes one tile."""
+        widest = max((j1 - j0 for j0, j1 in (self.key_range(*ends) for ends in self.q_tiles())), default=1)
+        self.rows = self._whole_tiles(min(self.rows, self._rows_of(widest)))
+        self._planned = (-1, None)
 
     def q_tiles(self) -> Iterator[tuple[int, int]]:
         return ((i, min(i + self.rows, self.Lq)) for i in range(0, self.Lq, self.rows))
