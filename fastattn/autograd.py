@@ -8,6 +8,7 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .flops import register_flops
 
@@ -49,6 +50,19 @@ def vmap_by_loop(op: Callable, info, in_dims, args: tuple) -> tuple[tuple, tuple
 def transformed() -> bool:
     """Whether vmap or another functorch transform is active: inside, a tensor may not tell that it requires grad."""
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """function.apply, whose refusal of forward mode names the way out (a jvp rule would be refused by torch.compile)."""
+    if forward_ad._current_level < 0 and not transformed():
+        return function.apply(*args)
+    try:
+        return function.apply(*args)
+    except NotImplementedError as error:
+        if "jvp" not in str(error):
+            raise
+        message = "attention has no forward-mode derivative (jvp) on this backend; backend='reference' has one"
+        raise NotImplementedError(message) from error
 
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))

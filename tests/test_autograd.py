@@ -310,13 +310,20 @@ def test_autocast(dtype, backend):
 
 
 @all_backends
-def test_forward_mode_is_refused(backend):
+def test_forward_mode_and_second_derivatives_of_torch_func_are_refused(backend):
     inputs = make(Case(), FP32, device=DEVICE)
     need(backend, inputs)
     if backend == "reference":
-        pytest.skip("plain torch: forward mode works")
-    with pytest.raises(NotImplementedError, match="(?i)forward"):
-        torch.func.jvp(lambda q: fastattn.attention(q, *inputs[1:3], backend=backend), (inputs.q,), (inputs.q,))
+        pytest.skip("plain torch: they work")
+
+    def loss(q):
+        return fastattn.attention(q, *inputs[1:3], backend=backend).square().sum()
+
+    with pytest.raises(NotImplementedError, match="forward.*reference"):
+        torch.func.jvp(loss, (inputs.q,), (inputs.q,))
+    for outer in (torch.func.grad, torch.func.jacrev):
+        with pytest.raises(RuntimeError, match="reference.*create_graph"):
+            outer(lambda q: torch.func.grad(loss)(q).sum())(inputs.q)
 
 
 @all_backends

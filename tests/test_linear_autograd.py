@@ -251,10 +251,10 @@ def test_forward_mode_is_refused(name, backend):
         return loss(inputs._replace(**{name: t}), {}, backend)[1]
 
     tangent = getattr(inputs, name)
-    with pytest.raises(NotImplementedError, match="(?i)forward"):
+    with pytest.raises(NotImplementedError, match="forward.*reference"):
         torch.func.jvp(run, (tangent,), (tangent,))
     with (
-        pytest.raises(NotImplementedError, match="(?i)forward"),
+        pytest.raises(NotImplementedError, match="forward.*reference"),
         torch.autograd.forward_ad.dual_level(),
         torch.no_grad(),
     ):

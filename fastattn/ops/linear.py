@@ -159,7 +159,9 @@ def linear_attention_step(
             f"a step takes one token, got q {list(x.q.shape)}; use linear_attention(..., initial_state=state)"
         )
     if transformed() or torch.is_grad_enabled() and forward_ad._current_level >= 0:
-        raise NotImplementedError("linear_attention_step writes in place; use linear_attention under vmap or jvp")
+        raise NotImplementedError(
+            "linear_attention_step writes in place; use linear_attention under vmap, with backend='reference' under jvp"
+        )
     for name, t in zip(("kv", "z"), (x.kv, x.z)):
         if t is not None and not t.is_contiguous():
             raise ValueError(f"state.{name} must be contiguous to be advanced in place; pass state.{name}.contiguous()")

@@ -7,7 +7,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from ..autograd import fold_batch, full_precision, register, vmap_by_loop
+from ..autograd import apply, fold_batch, full_precision, register, vmap_by_loop
 from ..dispatch import BACKENDS
 from ..params import (
     LINEAR_DIFFERENTIABLE,
@@ -31,7 +31,7 @@ def attend(x: LinearTensors, params: LinearParams, backend: str) -> tuple[Tensor
     """(out, kv, z), differentiable; z is None where nothing is normalised."""
     if torch.compiler.is_compiling():  # Dynamo refuses one tensor as two arguments of an autograd function
         x = x._replace(k=x.k.view_as(x.k), v=x.v.view_as(x.v))
-    out, kv, z, _ = LinearAttention.apply(*x, *params, backend)
+    out, kv, z, _ = apply(LinearAttention, *x, *params, backend)
     return out, kv, z if params.normalize else None
 
 

@@ -90,7 +90,8 @@ def attention(  # type: ignore[misc]  # the overloads leave the options to this 
         TypeError, ValueError: an argument is wrong; the message names it, the shapes and the way out.
         UnsupportedError: the backend asked for (or every backend) refuses; the message lists the reasons.
 
-    Double backward runs through torch ops in O(L) memory. Forward-mode AD raises NotImplementedError.
+    Double backward runs through torch ops in O(L) memory. Forward-mode AD, and torch.func's second derivatives, raise
+    but on backend="reference".
     Call `fastattn.explain` with the same arguments to see which kernel runs, and why.
     """
     nothing = mask is bias is window is softcap is alibi_slopes is sinks is cu_seqlens_q is cu_seqlens_k is None

@@ -8,7 +8,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from ..autograd import RefuseGradient, fold_batch, full_precision, register, vmap_by_loop
+from ..autograd import RefuseGradient, apply, fold_batch, full_precision, register, transformed, vmap_by_loop
 from ..dispatch import BACKENDS
 from ..eager.softmax import softmax_double_backward
 from ..masks.plan import TilePlan
@@ -32,7 +32,7 @@ def attend(x: SoftmaxTensors, params: SoftmaxParams, backend: str) -> tuple[Tens
         x = x._replace(k=x.k.view_as(x.k), v=x.v.view_as(x.v))
     *tensors, plan = x
     fields = (None,) * 7 if plan is None else plan.tensors()
-    return SoftmaxAttention.apply(*tensors, *fields, *params, backend)[:2]
+    return apply(SoftmaxAttention, *tensors, *fields, *params, backend)[:2]
 
 
 def attend_without_gradient(x: SoftmaxTensors, params: SoftmaxParams, backend: str) -> tuple[Tensor, Tensor]:
@@ -251,6 +251,11 @@ class SoftmaxAttentionBackward(torch.autograd.Function):
         count = _END + 4 + len(ctx.params) + 2
         if all(c is None for c in wanted):
             return (None,) * count
+        if transformed():
+            raise RuntimeError(
+                "torch.func takes one derivative of attention; for a second one use backend='reference', or "
+                "torch.autograd.grad(..., create_graph=True)"
+            )
         plan = tensors[_PLAN:]
         x = _tensors((*tensors[:_PLAN], [] if plan[0] is None else plan))
         with full_precision(x.q), torch.no_grad():
