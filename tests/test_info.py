@@ -143,6 +143,17 @@ def test_without_a_device_cause_and_remedy(monkeypatch, built_with, error, statu
     assert status in BACKENDS["cuda"].status()
 
 
+@pytest.mark.parametrize("hip", [None, "6.4"])
+def test_what_is_not_available_has_a_remedy(monkeypatch, hip):
+    for variable in ("TRITON_INTERPRET", "FASTATTN_CUDA_EMULATOR"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    rows = [row for row in info.backends() if not row["available"]]
+    assert {"cuda", "triton"} <= {row["backend"] for row in rows}
+    assert all(row["reason"] and row["remedy"] for row in rows), rows
+
+
 def test_two_installs_are_named(monkeypatch, capsys, tmp_path):
     """A copy of the package in one folder, an install in another; the folder twice is one."""
     installed = tmp_path / "site" / "fastattn"

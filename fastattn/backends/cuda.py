@@ -88,7 +88,7 @@ def status() -> str | None:
     if emulator:
         return _load(os.path.abspath(emulator))
     if torch.version.hip is not None:
-        return "its kernels are for NVIDIA GPUs"
+        return "its kernels are for NVIDIA GPUs; use backend eager"
     return _no_device() or _load(str(LIBRARY))
 
 

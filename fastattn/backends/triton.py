@@ -37,9 +37,9 @@ def status() -> str | None:
     if _interpreted():
         return None
     if torch.version.hip is not None:
-        return "it has no launch configurations for AMD GPUs"
+        return "it has no launch configurations for AMD GPUs; use backend eager"
     if not torch.cuda.is_available():
-        return "it needs a CUDA device (or TRITON_INTERPRET=1, for testing)"
+        return "torch sees no CUDA device; look at nvidia-smi, or set TRITON_INTERPRET=1 to test it on the CPU"
     return None
 
 
