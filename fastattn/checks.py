@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import numbers
+import sys
 from typing import TYPE_CHECKING, Optional
 
 import torch
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from .masks.plan import TilePlan
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LARGEST = sys.float_info.max
 FAR = 2**62  # a window side from here on is unbounded: it fits no tensor, and int64 no longer holds sums of it
 Window = Optional[tuple[Optional[int], Optional[int]]]
 
@@ -26,14 +28,18 @@ def _is_dense(t: Tensor) -> bool:
     return t.dim() == 4 and t.layout is torch.strided and not t.is_nested
 
 
+def refuse_layout(name: str, t: Tensor, error: type[Exception] = TypeError) -> None:
+    if t.is_nested:
+        raise error(f"{name} must be a dense tensor, got a nested one; pad it with torch.nested.to_padded_tensor")
+    if t.layout != torch.strided:
+        raise error(f"{name} must be a dense strided tensor, got layout {t.layout}; convert it with .to_dense()")
+
+
 def _refuse_type(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
-        if t.layout != torch.strided or t.is_nested:
-            raise TypeError(
-                f"{name} must be a dense strided tensor, got layout {t.layout}; convert it with .to_dense()"
-            )
+        refuse_layout(name, t)
         if t.dim() != 4:
             raise ValueError(
                 f"{name} must have 4 dimensions [batch, heads, length, head_dim], got {name} {list(t.shape)}; "
@@ -84,8 +90,7 @@ def same_sizes(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def broadcastable(name: str, t: Tensor, target: tuple[int, ...], device: torch.device) -> Tensor:
     """t with leading 1s added up to four dimensions, each 1 or that of target [B, Hq, Lq, Lk]."""
-    if t.layout != torch.strided or t.is_nested:
-        raise TypeError(f"{name} must be a dense strided tensor, got layout {t.layout}")
+    refuse_layout(name, t)
     if t.device != device:
         raise ValueError(f"{name} is on {t.device} but q is on {device}; move it with .to(q.device)")
     if t.dim() > 4:
@@ -127,6 +132,7 @@ def _per_head(name: str, t: Tensor, shapes: tuple[tuple[int, ...], ...], device:
     if not isinstance(t, Tensor) or not t.is_floating_point():
         got = getattr(t, "dtype", type(t).__name__)
         raise TypeError(f"{name} must be a floating point tensor {_either(shapes)}, got {got}")
+    refuse_layout(name, t)
     if t.device != device:
         raise ValueError(f"{name} is on {t.device} but q is on {device}; move it with .to(q.device)")
     if not has_shape(t, shapes):
@@ -184,7 +190,7 @@ def softcap_value(softcap: Optional[float]) -> float:
         return 0.0
     if not _is_number(softcap):
         raise TypeError(f"softcap must be a float > 0 or None, got {softcap!r}")
-    if not 0 < softcap < math.inf:
+    if not 0 < softcap <= LARGEST:
         raise ValueError(f"softcap must be > 0 and finite, or None, got {softcap!r}")
     return float(softcap)
 
@@ -205,7 +211,7 @@ def causal_mode(causal) -> str:
         return CAUSAL_NONE
     if causal is True:
         return CAUSAL_BOTTOM_RIGHT
-    if causal in (CAUSAL_TOP_LEFT, CAUSAL_BOTTOM_RIGHT):
+    if isinstance(causal, str) and causal in (CAUSAL_TOP_LEFT, CAUSAL_BOTTOM_RIGHT):
         return causal
     raise ValueError(f'causal must be False, True, "top_left" or "bottom_right", got {causal!r}')
 
@@ -243,10 +249,10 @@ def scale_value(scale, D: int) -> float:
         return D**-0.5 if D > 0 else 1.0
     if not _is_number(scale):
         raise TypeError(f"scale must be a float, got {type(scale).__name__} {scale!r}")
-    if not -math.inf < scale < math.inf:  # not isfinite: torch.compile traces comparisons of numbers that vary
+    if not -LARGEST <= scale <= LARGEST:  # not isfinite: torch.compile traces comparisons of numbers that vary
         raise ValueError(f"scale must be finite, got {scale!r}")
     return float(scale)
 
 
 def _is_number(x) -> bool:
-    return isinstance(x, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(x, bool)
+    return isinstance(x, (int, float, torch.SymInt, torch.SymFloat, numbers.Real)) and not isinstance(x, bool)

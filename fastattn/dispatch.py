@@ -28,7 +28,7 @@ class UnsupportedError(RuntimeError):
 
 
 def check_name(backend: str) -> None:
-    if backend != "auto" and backend not in BACKENDS:
+    if not isinstance(backend, str) or backend != "auto" and backend not in BACKENDS:
         raise ValueError(f'backend must be "auto" or one of {", ".join(map(repr, BACKENDS))}, got {backend!r}')
 
 
@@ -98,6 +98,7 @@ class Explanation:
 
 def explain(call: Call, backend: str = "auto") -> Explanation:
     """The table behind `select`: every backend with its reasons, in order."""
+    check_name(backend)
     rows = []
     chosen = None
     for name in _order(call):

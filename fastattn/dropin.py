@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .autograd import autocast
-from .checks import shapes
+from .checks import refuse_layout, shapes
 from .dispatch import check_name
 from .ops.softmax import attention, plain_attention
 
@@ -47,9 +48,14 @@ def scaled_dot_product_attention(
 
 def _sdpa(function, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend) -> Tensor:
     """`function`: what was called, for subclasses and modes that override it."""
+    if type(dropout_p) is not float:
+        dropout_p = _number("dropout_p", dropout_p)
+    if scale is not None and type(scale) is not float:
+        scale = _number("scale", scale)
+    flags = (is_causal is False or is_causal is True) and (enable_gqa is False or enable_gqa is True)
     observed = torch._C._is_torch_function_mode_enabled()
-    if attn_mask is None and dropout_p == 0 and dropout_p is not False and backend == "auto" and not observed:
-        quick = plain_attention(query, key, value, scale, "top_left" if is_causal else False, bool(enable_gqa))
+    if attn_mask is None and dropout_p == 0 and backend == "auto" and flags and not observed:
+        quick = plain_attention(query, key, value, scale, "top_left" if is_causal else False, enable_gqa)
         if quick is not None:
             return quick
     if any(isinstance(t, Tensor) and t.is_nested for t in (query, key, value)):
@@ -60,9 +66,7 @@ def _sdpa(function, query, key, value, attn_mask, dropout_p, is_causal, scale, e
         return handle_torch_function(
             function, tensors, query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    for name, t in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+    _check_types(query, key, value, attn_mask, is_causal, enable_gqa)
     query, key, value = autocast(query, key, value)
     _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     lead, q, k, v = _four_dimensions(query, key, value, enable_gqa)
@@ -71,6 +75,27 @@ def _sdpa(function, query, key, value, attn_mask, dropout_p, is_causal, scale, e
     out = attention(q, k, v, mask=mask, bias=bias, causal=causal, dropout_p=dropout_p, scale=scale, backend=backend)
     rank = max(query.dim(), key.dim(), value.dim())
     return out if rank == 4 else out.reshape(*lead, *out.shape[1 if rank > 2 else 2 :])
+
+
+def _number(name: str, x):
+    """As torch takes a float: also a bool, a number of NumPy, or a tensor that holds one and needs no gradient."""
+    if type(x) is int or isinstance(x, (torch.SymInt, torch.SymFloat)):
+        return x
+    if isinstance(x, numbers.Real) or isinstance(x, Tensor) and x.dim() == 0 and not x.requires_grad:
+        return float(x)
+    raise TypeError(f"{name} must be a float, got {type(x).__name__} {x!r}")
+
+
+def _check_types(query, key, value, attn_mask, is_causal, enable_gqa) -> None:
+    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be a bool, got {type(flag).__name__} {flag!r}")
+    for name, t in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
+        if name == "attn_mask" and t is None:
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+        refuse_layout(name, t, RuntimeError)
 
 
 def _sizes(query, key, value) -> str:
@@ -95,11 +120,14 @@ def _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) -> No
         raise RuntimeError(f"query and key must have the same last dimension: {_sizes(query, key, value)}")
     if key.shape[-2] != value.shape[-2]:
         raise RuntimeError(f"key and value must have the same length: {_sizes(query, key, value)}")
+    if attn_mask is not None and attn_mask.device != query.device:
+        raise RuntimeError(f"attn_mask is on {attn_mask.device} but query is on {query.device}; move it with .to()")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p!r}")
     if attn_mask is not None and is_causal:
         raise RuntimeError(
-            "attn_mask and is_causal are both set; combine them with fastattn.attention(mask=..., causal='top_left')"
+            f"attn_mask {list(attn_mask.shape)} and is_causal are both set ({_sizes(query, key, value)}); "
+            "combine them with fastattn.attention(mask=..., causal='top_left')"
         )
     if enable_gqa:
         if min(ranks) < 3:

@@ -4,6 +4,7 @@ import json
 import sys
 from functools import partial
 
+import numpy as np
 import torch
 
 import fastattn
@@ -47,7 +48,7 @@ expect(r"device.*meta", public_device=lambda: attention(Q, K.to("meta"), V))
 expect(r"q must be.*list", public_list=lambda: attention([1.0], K, V))
 expect(r"v must be.*NoneType", public_none=lambda: attention(Q, K, None))
 expect(r"q.*(sparse|layout)", public_sparse=lambda: attention(Q.to_sparse(), K, V))
-expect(r"(?i)q.*(nested|layout|strided)", public_nested=lambda: attention(NESTED, NESTED, NESTED))
+expect(r"q.*nested.*padded", public_nested=lambda: attention(NESTED, NESTED, NESTED))
 expect(r"mask.*\[5, 6\].*\[2, 4, 5, 7\]", public_mask_shape=lambda: attention(Q, K, V, mask=MASK[0, 0, :, :6]))
 expect(r"mask.*\[3, 1, 1, 7\]", public_mask_batch=lambda: attention(Q, K, V, mask=torch.ones(3, 1, 1, 7).bool()))
 expect(r"mask.*\[1, 2, 4, 5, 7\]", public_mask_5d=lambda: attention(Q, K, V, mask=MASK[None]))
@@ -64,6 +65,7 @@ expect(r"bias.*float", public_bias_number=lambda: attention(Q, K, V, bias=1.0))
 expect(r"causal.*'left'", public_causal_name=lambda: attention(Q, K, V, causal="left"))
 expect(r"causal.*3", public_causal_int=lambda: attention(Q, K, V, causal=3))
 expect(r"causal", public_causal_tensor=lambda: attention(Q, K, V, causal=MASK))
+expect(r"causal must be", public_causal_array=lambda: attention(Q, K, V, causal=np.array(["top_left", "x"])))
 expect(r"window.*5", public_window_int=lambda: attention(Q, K, V, window=5))
 expect(r"window.*\(1, 2, 3\)", public_window_three=lambda: attention(Q, K, V, window=(1, 2, 3)))
 expect(r"window.*-1", public_window_negative=lambda: attention(Q, K, V, window=(-1, 0)))
@@ -75,14 +77,17 @@ expect(r"dropout_p.*nan", public_p_nan=lambda: attention(Q, K, V, dropout_p=NAN)
 expect(r"dropout_p.*None", public_p_none=lambda: attention(Q, K, V, dropout_p=None))
 expect(r"scale.*nan", public_scale_nan=lambda: attention(Q, K, V, scale=NAN))
 expect(r"scale.*inf", public_scale_inf=lambda: attention(Q, K, V, scale=float("inf")))
+expect(r"scale must be finite", public_scale_huge=lambda: attention(Q, K, V, scale=10**400))
 expect(r"scale.*Tensor", public_scale_tensor=lambda: attention(Q, K, V, scale=torch.tensor(1.0)))
 expect(r"scale.*'1'", public_scale_str=lambda: attention(Q, K, V, scale="1"))
 expect(r"backend.*'cudnn'", public_backend=lambda: attention(Q, K, V, backend="cudnn"))
 expect(r"backend", public_backend_none=lambda: attention(Q, K, V, backend=None))
+expect(r"backend must be.*got \[\]", public_backend_list=lambda: attention(Q, K, V, backend=[]))
 expect(r"native.*float64", public_native_fp64=lambda: attention(Q.double(), K.double(), V.double(), backend="native"))
 expect(r"native.*513", public_native_D=lambda: attention(*(torch.zeros(1, 1, 2, 513),) * 3, backend="native"))
 expect(r"unexpected keyword.*softcaps", public_keyword=lambda: attention(Q, K, V, softcaps=1.0))
 expect(r"softcap.*-1", public_softcap_negative=lambda: attention(Q, K, V, softcap=-1.0))
+expect(r"softcap.*finite", public_softcap_huge=lambda: attention(Q, K, V, softcap=10**400))
 expect(r"softcap.*'a'", public_softcap_str=lambda: attention(Q, K, V, softcap="a"))
 expect(r"softcap.*nan", public_softcap_nan=lambda: attention(Q, K, V, softcap=NAN))
 expect(r"sinks.*\[4\], got int", public_sinks_int=lambda: attention(Q, K, V, sinks=2))
@@ -96,7 +101,10 @@ expect(r"alibi_slopes.*bool", public_slopes_dtype=lambda: attention(Q, K, V, ali
 expect(
     r"alibi_slopes.*meta", public_slopes_device=lambda: attention(Q, K, V, alibi_slopes=torch.zeros(4, device="meta"))
 )
+expect(r"sinks.*layout", public_sinks_sparse=lambda: attention(Q, K, V, sinks=torch.zeros(4).to_sparse()))
+expect(r"alibi_slopes.*nested", public_slopes_nested=lambda: attention(Q, K, V, alibi_slopes=NESTED))
 expect(r"4 dimensions.*\[5, 8\]", explain_2d=lambda: fastattn.explain(Q[0, 0], K, V))
+expect(r"backend must be.*'natvie'", explain_backend=lambda: fastattn.explain(Q, K, V, backend="natvie"))
 
 # The drop-in.
 expect(r"\[8\]", dropin_1d=lambda: scaled_dot_product_attention(Q[0, 0, 0], K, V))
@@ -108,7 +116,27 @@ expect(
     r"attn_mask.*\[5, 6\]", dropin_mask=lambda: scaled_dot_product_attention(Q, K[:, :1], V[:, :1], MASK[0, 0, :, :6])
 )
 expect(r"attn_mask.*int64", dropin_mask_int=lambda: scaled_dot_product_attention(Q, K[:, :1], V[:, :1], MASK.long()))
-expect(r"mask=", dropin_mask_and_causal=lambda: scaled_dot_product_attention(Q, Q, Q, MASK[..., :5], 0.0, True))
+expect(r"attn_mask.*layout", dropin_mask_sparse=lambda: scaled_dot_product_attention(Q, Q, Q, MASK.to_sparse()))
+expect(r"attn_mask.*nested", dropin_mask_nested=lambda: scaled_dot_product_attention(Q, Q, Q, NESTED))
+expect(r"attn_mask.*meta", dropin_mask_meta=lambda: scaled_dot_product_attention(Q, Q, Q, MASK.to("meta")))
+expect(r"query.*layout", dropin_sparse=lambda: scaled_dot_product_attention(Q.to_sparse(), Q, Q))
+expect(r"attn_mask must be.*list", dropin_type_mask=lambda: scaled_dot_product_attention(Q, Q, Q, [[True]]))
+for value in ("no", None, 1, torch.tensor(True)):
+    causal, gqa = {"is_causal": value}, {"enable_gqa": value}
+    expect(
+        r"is_causal must be a bool",
+        **{f"dropin_type_causal_{value}": partial(scaled_dot_product_attention, Q, Q, Q, **causal)},
+    )
+    expect(
+        r"enable_gqa must be a bool",
+        **{f"dropin_type_gqa_{value}": partial(scaled_dot_product_attention, Q, Q, Q, **gqa)},
+    )
+expect(r"dropout_p.*None", dropin_type_p=lambda: scaled_dot_product_attention(Q, Q, Q, dropout_p=None))
+expect(r"scale.*'1'", dropin_type_scale=lambda: scaled_dot_product_attention(Q, Q, Q, scale="1"))
+expect(
+    r"\[2, 4, 5, 5\].*query \[2, 4, 5, 8\].*mask=",
+    dropin_mask_and_causal=lambda: scaled_dot_product_attention(Q, Q, Q, MASK[..., :5], 0.0, True),
+)
 expect(r"dropout_p.*2", dropin_p=lambda: scaled_dot_product_attention(Q, Q, Q, None, 2.0))
 expect(r"enable_gqa", dropin_gqa=lambda: scaled_dot_product_attention(Q, Q[:, :3], Q[:, :3], enable_gqa=True))
 
@@ -133,10 +161,11 @@ SHAPES = {
     "q_3d": {"q": Q[0]}, "head_dim": {"k": K[..., :4]}, "lengths": {"v": V[:, :, :6]}, "kv_heads_zero": {"k": K[:, :0], "v": V[:, :0]},
     "group": {"k": torch.zeros(2, 3, 7, 8), "v": torch.zeros(2, 3, 7, 8)}, "p_without_rng": {"dropout_p": 0.5},
     "mask_shape": {"mask": MASK[..., :6]}, "mask_batch": {"mask": torch.ones(3, 1, 1, 7, dtype=torch.bool)}, "bias_shape": {"bias": BIAS[..., :6]},
+    "causal": {"causal": "diagonal"},
 }  # fmt: skip
 BACKWARD_SHAPES = {
     "dout_shape": {"dout": OUT[:, :, :4]}, "dout_head_dim": {"dout": OUT[..., :4]}, "parts_shape": {"parts": PARTS[:, :, :4]},
-    "dlse_shape": {"dlse": LSE[:1, :, :3]}, "out_shape": {"out": OUT[:, :2]}, "head_dim": {"k": K[..., :4]},
+    "dlse_shape": {"dlse": LSE[:1, :, :3]}, "out_shape": {"out": OUT[:, :2]}, "head_dim": {"k": K[..., :4]}, "causal": {"causal": "diagonal"},
     "needs_short": {"needs": [True]}, "needs_bias_without_bias": {"needs": [True, True, True, True, False, False]},
 }  # fmt: skip
 # Batch and dtype: torch ops broadcast and promote them safely, raw pointers do not.

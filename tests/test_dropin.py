@@ -1,5 +1,6 @@
 """fastattn.scaled_dot_product_attention: every row of the drop-in table."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -251,6 +252,15 @@ def test_autocast(dtype):
 def test_scale():
     for scale in (0.0, -1.5, 0.3, 1e-320, 2):
         agree(*qkv(2, 3), scale=scale)
+
+
+def test_numbers_as_torch_takes_them():
+    q, k, v = qkv(2, 3)
+    for scale in (np.float32(0.5), np.int64(2), torch.tensor(0.5), torch.tensor(2), True, False):
+        agree(q, k, v, scale=scale)
+    for p in (False, np.float32(0), torch.tensor(0.0)):
+        assert torch.equal(sdpa(q, k, v, dropout_p=p), sdpa(q, k, v))
+    assert not sdpa(q, k, v, dropout_p=True).any()
 
 
 def test_fp64():

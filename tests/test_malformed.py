@@ -46,5 +46,7 @@ def test_raises(name, outcomes):
     assert re.search(CALLS[name][0], found["message"], re.DOTALL), f"{found['error']}: {found['message']}"
     if name.startswith(("public", "explain")):
         assert found["error"] in ("TypeError", "ValueError", "UnsupportedError"), found
-    if name.startswith("dropin"):
+    if name.startswith("dropin_type"):
+        assert found["error"] == "TypeError", found
+    elif name.startswith("dropin"):
         assert found["error"] in ("RuntimeError", "ValueError"), found

@@ -12,7 +12,16 @@ from ..autograd import RefuseGradient, apply, fold_batch, full_precision, regist
 from ..dispatch import BACKENDS
 from ..eager.softmax import softmax_double_backward
 from ..masks.plan import TilePlan
-from ..params import DIFFERENTIABLE, SoftmaxParams, SoftmaxTensors, accumulate_dtype, empty_like_layout
+from ..params import (
+    CAUSAL_BOTTOM_RIGHT,
+    CAUSAL_NONE,
+    CAUSAL_TOP_LEFT,
+    DIFFERENTIABLE,
+    SoftmaxParams,
+    SoftmaxTensors,
+    accumulate_dtype,
+    empty_like_layout,
+)
 
 _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? slopes, Tensor? sinks, "
@@ -47,6 +56,14 @@ def _tensors(args) -> SoftmaxTensors:
     return x._replace(plan=TilePlan.of(plan, x.q.shape[2], x.k.shape[2]) if plan else None)
 
 
+def _params(options) -> SoftmaxParams:
+    """Of an op, which anyone may call."""
+    params = SoftmaxParams(*options)
+    if params.causal not in (CAUSAL_NONE, CAUSAL_TOP_LEFT, CAUSAL_BOTTOM_RIGHT):
+        raise ValueError(f'causal must be "none", "top_left" or "bottom_right", got {params.causal!r}')
+    return params
+
+
 def _nothing(q: Tensor) -> Tensor:
     """What an op returns in place of None."""
     return q.new_empty(0)
@@ -60,7 +77,7 @@ def _nothing(q: Tensor) -> Tensor:
 def _forward(*args):
     x, (*params, with_parts, backend) = _tensors(args[: _PLAN + 1]), args[_PLAN + 1 :]
     with full_precision(x.q):
-        out, lse, parts = BACKENDS[backend].softmax_forward(x, SoftmaxParams(*params), with_parts)
+        out, lse, parts = BACKENDS[backend].softmax_forward(x, _params(params), with_parts)
     return out, lse, _nothing(x.q) if parts is None else parts
 
 
@@ -100,7 +117,7 @@ def _backward(dout, dlse, *args):
     x, (out, parts, *options) = _tensors(args[: _PLAN + 1]), args[_PLAN + 1 :]
     *params, needs, backend = options
     with full_precision(x.q):
-        grads = [*BACKENDS[backend].softmax_backward(dout, dlse, x, out, parts, SoftmaxParams(*params), needs[:5])]
+        grads = [*BACKENDS[backend].softmax_backward(dout, dlse, x, out, parts, _params(params), needs[:5])]
         if needs[5]:
             natural = parts * math.log(2) if getattr(BACKENDS[backend], "LOG2_PARTS", False) else parts
             grads.append(_sink_gradient(dout, dlse, x.sinks, out, natural))
