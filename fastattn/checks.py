@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Optional
+import sys
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from torch import Tensor
@@ -100,9 +101,26 @@ def broadcastable(name: str, t: Tensor, target: tuple[int, ...], device: torch.d
     return full
 
 
+def causal_bias(value: Any) -> Optional[str]:
+    """The alignment of torch's CausalBias, a tensor whose memory was never written; None for anything else."""
+    bias = None if type(value) is Tensor else sys.modules.get("torch.nn.attention.bias")
+    if bias is None or not isinstance(value, bias.CausalBias):
+        return None
+    return CAUSAL_BOTTOM_RIGHT if value.variant == bias.CausalVariant.LOWER_RIGHT else CAUSAL_TOP_LEFT
+
+
+def _refuse_causal_bias(name: str, value: Tensor) -> None:
+    if causal_bias(value):
+        raise TypeError(
+            f"{name} is a torch.nn.attention.bias.CausalBias, which holds no numbers; "
+            "pass mask=fastattn.masks.from_causal_bias(...), or causal="
+        )
+
+
 def bool_mask(mask: Tensor, target: tuple[int, ...], device: torch.device) -> Tensor:
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a bool tensor, a mask of fastattn.masks or its plan, got {type(mask).__name__}")
+    _refuse_causal_bias("mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(
             f"mask must be a bool tensor (True = visible), got {mask.dtype} {list(mask.shape)}; "
@@ -183,6 +201,7 @@ def softcap_value(softcap: Optional[float]) -> float:
 def float_bias(bias: Tensor, q: Tensor, target: tuple[int, ...]) -> Tensor:
     if not isinstance(bias, Tensor):
         raise TypeError(f"bias must be a float tensor, got {type(bias).__name__}")
+    _refuse_causal_bias("bias", bias)
     if bias.dtype != q.dtype and not (bias.dtype == torch.float32 and q.dtype != torch.float64):
         raise TypeError(
             f"bias must have the dtype of q ({q.dtype}) or float32, got {bias.dtype} {list(bias.shape)}; "

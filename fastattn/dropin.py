@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .checks import shapes
+from .checks import causal_bias, shapes
 from .dispatch import check_name
 from .ops.softmax import attention, plain_attention
 
@@ -35,7 +35,8 @@ def scaled_dot_product_attention(
 
     query [..., Hq, Lq, D], key [..., Hk, Lk, D], value [..., Hk, Lk, Dv], two to five dimensions, batch dimensions
     broadcast. attn_mask broadcasts to [..., Hq, Lq, Lk]: bool (True takes part) or float (added; dtype of query or
-    float32; differentiable). is_causal is aligned top-left, as in torch. With enable_gqa, Hq may be a multiple of Hk.
+    float32; differentiable); or it is a CausalBias of torch.nn.attention.bias for Lq and Lk. is_causal is aligned
+    top-left, as in torch. With enable_gqa, Hq may be a multiple of Hk.
 
     Raises RuntimeError with the shapes where the arguments do not fit; attn_mask together with is_causal is refused:
     `fastattn.attention(mask=..., causal=...)` combines them.
@@ -62,8 +63,8 @@ def _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
         return _torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     lead, q, k, v = _four_dimensions(query, key, value, enable_gqa)
-    mask, bias = _split_mask(attn_mask, q, k, lead)
-    causal = "top_left" if is_causal else False
+    causal = "top_left" if is_causal else _alignment(attn_mask, query, key)
+    mask, bias = _split_mask(None if causal else attn_mask, q, k, lead)
     out = attention(q, k, v, mask=mask, bias=bias, causal=causal, dropout_p=dropout_p, scale=scale, backend=backend)
     return out if query.dim() == 4 and len(lead) == 1 else out.reshape(*lead, *_head(query, key, value), *out.shape[2:])
 
@@ -93,6 +94,11 @@ def _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) -> No
         raise RuntimeError(f"key and value must have the same length: {_sizes(query, key, value)}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p!r}")
+    if attn_mask is not None and not isinstance(attn_mask, Tensor):
+        raise TypeError(
+            f"attn_mask must be a torch.Tensor, got {type(attn_mask).__name__}; masks of fastattn.masks and their plans "
+            "are taken by fastattn.attention(mask=...)"
+        )
     if attn_mask is not None and is_causal:
         raise RuntimeError(
             "attn_mask and is_causal are both set; combine them with fastattn.attention(mask=..., causal='top_left')"
@@ -141,6 +147,16 @@ def _four_dimensions(query, key, value, enable_gqa):
         t = t if t.shape == shape else t.expand(shape)
         full.append(t.unsqueeze(0) if t.dim() == 3 else t if t.dim() == 4 else t.flatten(0, -4))
     return lead, *full
+
+
+def _alignment(attn_mask, query, key):
+    """Of a CausalBias; False for other masks."""
+    causal = causal_bias(attn_mask)
+    if causal and (attn_mask.seq_len_q, attn_mask.seq_len_kv) != (query.shape[-2], key.shape[-2]):
+        raise RuntimeError(
+            f"attn_mask is a CausalBias of {attn_mask.seq_len_q} x {attn_mask.seq_len_kv}: {shapes(query=query, key=key)}"
+        )
+    return causal or False
 
 
 def _split_mask(attn_mask, q, k, lead):

@@ -10,6 +10,7 @@ from mask_cases import expressions
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
 
+import fastattn
 from fastattn import masks
 from fastattn.masks import from_dense
 
@@ -240,6 +241,32 @@ def test_causal_biases():
         assert torch.equal(masks.from_causal_bias(bias).to_dense(5, 9)[0, 0], dense)
     with pytest.raises(TypeError, match="CausalBias"):
         masks.from_causal_bias(torch.ones(3, 3))
+
+
+@pytest.mark.parametrize("bias_of", [causal_lower_right, causal_upper_left])
+@pytest.mark.parametrize("Lq, Lk", [(8, 12), (12, 12)])
+def test_causal_biases_as_arguments(bias_of, Lq, Lk):
+    """Such a bias is a tensor whose memory was never written: nothing may read it."""
+    q, k, bias = torch.randn(1, 2, Lq, 16), torch.randn(1, 2, Lk, 16), bias_of(Lq, Lk)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, k, attn_mask=bias)
+    outs = [fastattn.scaled_dot_product_attention(q, k, k, bias)]
+    with fastattn.patched():
+        outs.append(torch.nn.functional.scaled_dot_product_attention(q, k, k, attn_mask=bias))
+    for out in outs:
+        assert type(out) is torch.Tensor
+        torch.testing.assert_close(out, expected)
+    for name in ("mask", "bias"):
+        with pytest.raises(TypeError, match=f"{name} is .*CausalBias.*from_causal_bias"):
+            fastattn.attention(q, k, k, **{name: bias})
+    with pytest.raises(RuntimeError, match="CausalBias of 5 x 12"):
+        fastattn.scaled_dot_product_attention(q, k, k, bias_of(5, 12))
+
+
+@pytest.mark.parametrize("mask", [masks.causal(), masks.causal().plan(8, 8)], ids=["mask", "plan"])
+def test_the_drop_in_says_where_masks_go(mask):
+    q = torch.randn(1, 2, 8, 4)
+    with pytest.raises(TypeError, match=r"fastattn\.attention\(mask="):
+        fastattn.scaled_dot_product_attention(q, q, q, mask)
 
 
 def test_flash_arguments():
