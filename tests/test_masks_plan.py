@@ -237,15 +237,23 @@ def test_plans_pass_through_compile_and_pytree():
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak of /proc/self/status")
 @needs_core
-@pytest.mark.parametrize("L, budget_MiB", [(2**17, 8), (2**20, 64)])
-def test_memory_of_building(L, budget_MiB):
+@pytest.mark.parametrize(
+    "L, budget_MiB, ids",
+    [
+        (2**17, 8, "torch.arange(L) * 8 // L"),
+        (2**20, 64, "torch.arange(L) * 8 // L"),
+        (2**14, 32, "torch.arange(L) % 2 * torch.arange(L)"),  # half of the tokens are documents of their own
+        (2**17, 64, "(torch.arange(L) % 512 > 0) * torch.arange(L)"),  # one document has the most intervals there are
+    ],
+)
+def test_memory_of_building(L, budget_MiB, ids):
     """causal & documents & window, the algebra included; nothing of size Lq x Lk exists on the way."""
     code = f"""
         import torch
         from fastattn import masks
 
         def build(L):
-            ids = torch.arange(L) * 8 // L
+            ids = {ids}
             return (masks.causal() & masks.documents(ids) & masks.window(4096, None)).plan(L, L)
 
         def peak():
