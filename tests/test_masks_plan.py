@@ -235,6 +235,12 @@ def test_plans_pass_through_compile_and_pytree():
     assert "4 runs" in repr(first)
 
 
+@pytest.mark.parametrize("Lk", [2**24 + 1, 2**25 + 3, masks.algebra.MAX_LENGTH])
+def test_lengths_past_the_integers_of_float32(Lk):
+    assert len(masks.empty().plan(64, Lk).rows) == 0 and masks.empty().density(64, Lk) == 0
+    assert masks.full().density(64, Lk) == (~masks.empty()).density(64, Lk) == 1
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak of /proc/self/status")
 @needs_core
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from mask_cases import expressions
 
 from fastattn import masks
 from fastattn.masks import Mask
@@ -128,6 +129,29 @@ def test_masks_cannot_be_changed():
     assert mask == masks.documents([0, 0, 1])
     with pytest.raises(AttributeError):
         mask.ids_q = ids
+
+
+def test_the_default_device_is_of_no_concern():
+    """Nor is the default dtype. The meta device stands for any other."""
+    for mask, _, Lq, Lk in expressions(40, seed=7):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float16)
+        try:
+            with torch.device("meta"):
+                made = Mask.from_dict(mask.to_dict())
+                plan, again = made.plan(Lq, Lk), made.to_dense(Lq, Lk)
+                found, report = masks.from_dense(again)
+                scanned = masks.plan_from_dense(again, Lq, Lk, native=False)
+                flex = made.to_flex(Lq, Lk)
+                back = masks.from_flex(flex) if min(Lq, Lk) > 0 and again.numel() else made
+        finally:
+            torch.set_default_dtype(before)
+        assert made == mask and torch.equal(again, mask.to_dense(Lq, Lk)) and report.density == found.density(Lq, Lk)
+        assert torch.equal(plan.to_dense(), again) and torch.equal(scanned.to_dense(), again)
+        for other in (found, back):
+            assert torch.equal(other.to_dense(Lq, Lk).expand(again.shape), again)
+    with torch.device("meta"):
+        assert masks.tree([-1, 0, 0]).density(3, 3) == 5 / 9 and masks.prefix(2).density(1, 5) == 0.4
 
 
 REPRS = [

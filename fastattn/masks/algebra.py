@@ -71,20 +71,23 @@ class Mask:
     def to_dense(self, Lq: int, Lk: int) -> Tensor:
         """bool [batches, heads, Lq, Lk], True = visible. O(Lq Lk) memory: for tests and small sizes."""
         self._refuse(Lq, Lk)
-        dense = torch.empty((*self.shape, Lq, Lk), dtype=torch.bool)
-        for i0, i1, rows in self._stretches(Lq, Lk):
-            dense[:, :, i0:i1] = to_bool(rows)
+        with data.plainly():
+            dense = torch.empty((*self.shape, Lq, Lk), dtype=torch.bool)
+            for i0, i1, rows in self._stretches(Lq, Lk):
+                dense[:, :, i0:i1] = to_bool(rows)
         return dense
 
     def density(self, Lq: int, Lk: int) -> float:
         """The visible share of all (query, key) pairs, over batches and heads; 0 where there is no pair."""
         self._refuse(Lq, Lk)
         B, H = self.shape
-        visible = 0
-        for i0, i1, rows in self._stretches(Lq, Lk):
-            held = rows[0].shape[0] * rows[0].shape[1] * rows[0].shape[2]
-            visible += visible_keys(rows) * (B * H * (i1 - i0) // held)
-        return visible / (B * H * Lq * Lk) if B * H * Lq * Lk else 0.0
+        pairs, visible = B * H * Lq * Lk, 0
+        if not pairs:
+            return 0.0
+        with data.plainly():
+            for i0, i1, rows in self._stretches(Lq, Lk):
+                visible += visible_keys(rows) * (B * H * (i1 - i0) // rows[0].shape[:3].numel())
+        return visible / pairs
 
     def plan(self, Lq: int, Lk: int, tile: int = TILE, device: Union[str, torch.device] = "cpu") -> TilePlan:
         """The tiles a kernel visits (see `TilePlan`), kept for the lengths and devices used last. tile is 64.

@@ -16,16 +16,17 @@ Ints = Any  # a field given as an int tensor or a nested list of ints, a tensor 
 
 @contextmanager
 def plainly() -> Iterator[None]:
-    """Tensors made inside are ordinary ones: masks and plans outlive inference mode, transforms and dispatch modes."""
+    """Tensors made inside are ordinary ones, on the CPU by default: masks and plans outlive modes and transforms."""
     with torch.inference_mode(False), torch._C._DisableFuncTorch(), _disable_current_modes():
-        yield
+        with torch._C.DisableTorchFunction():  # a default device is a mode too
+            yield
 
 
 def owned(name: str, value: Any, dims: Sequence[int]) -> Tensor:
     """A CPU copy of a tensor (or nested list) that nobody else can write; its number of dimensions is one of `dims`."""
     if not isinstance(value, Tensor):
         try:
-            value = torch.tensor(value)
+            value = torch.tensor(value, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{name} must be a tensor or a list of numbers: {error}") from None
         if value.numel() == 0 and value.dtype == torch.float32:
@@ -129,12 +130,20 @@ def decode(value: Any) -> Any:
         size *= n
     if len(data) != (-(-size // 8) if dtype == torch.bool else size * dtype.itemsize):
         raise ValueError(f"{len(data)} bytes do not fill a {value['dtype']} tensor of shape {shape}")
-    flat = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    flat = (
+        torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        if data
+        else torch.empty(0, dtype=torch.uint8, device="cpu")
+    )
     if dtype == torch.bool:
-        return ((flat[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()[:size].bool().view(shape)
+        return ((flat[:, None] >> _bit_numbers()) & 1).flatten()[:size].bool().view(shape)
     return flat.view(dtype).view(shape)
 
 
 def _pack_bools(value: Tensor) -> Tensor:
     flat = torch.nn.functional.pad(value.reshape(-1), (0, -value.numel() % 8)).view(-1, 8)
-    return (flat.to(torch.uint8) << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    return (flat.to(torch.uint8) << _bit_numbers()).sum(-1, dtype=torch.uint8)
+
+
+def _bit_numbers() -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device="cpu")

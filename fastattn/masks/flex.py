@@ -81,7 +81,7 @@ def from_flex(block_mask: BlockMask) -> Mask:
     Lq, Lk = block_mask.seq_lengths
     if Lq == 0 or Lk == 0:
         raise ValueError(f"a BlockMask of lengths {Lq} x {Lk} has no pairs to convert")
-    return recognise(_rows_of_blocks(block_mask, Lq, Lk), Lq, Lk)[0]
+    return recognise(list(_rows_of_blocks(block_mask, Lq, Lk)), Lq, Lk)[0]
 
 
 def _rows_of_blocks(block_mask: BlockMask, Lq: int, Lk: int) -> Iterator[Rows]:
@@ -97,7 +97,9 @@ def _rows_of_blocks(block_mask: BlockMask, Lq: int, Lk: int) -> Iterator[Rows]:
         visible[ask] = _asked(block_mask, ask.nonzero(), q, Lq, Lk)
         B, H, nk = visible.shape[:3]
         dense = visible.transpose(2, 3).reshape(B, H, bq, nk * bk)[:, :, : Lq - q * bq, :Lk]
-        yield table_of(dense.cpu())
+        with data.plainly():
+            rows = table_of(dense.cpu())
+        yield rows
 
 
 def _unlisted(count: Tensor, indices: Tensor) -> Tensor:

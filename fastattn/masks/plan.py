@@ -9,6 +9,7 @@ from typing import NamedTuple, Optional, Union
 import torch
 from torch import Tensor
 
+from . import data
 from .plan_torch import plan_tensors
 from .rows import TILE, Rows, pack, unpack
 
@@ -119,7 +120,8 @@ def plan_from_dense(visible: Tensor, Lq: int, Lk: int, native: bool = True) -> T
             return pack((visible[:, :, i : i + TILE] if own_rows else visible).expand(-1, -1, -1, Lk))
 
         stretches = ((i, min(i + TILE, Lq), rows(i)) for i in range(0, Lq, TILE))
-        tensors = plan_tensors(stretches, B, H, Lq, Lk)
+        with data.plainly():
+            tensors = plan_tensors(stretches, B, H, Lq, Lk)
     else:
         tensors = core.plan_of_mask(visible, Lq, Lk)
     return _plan(tensors, B, H, Lq, Lk)

@@ -170,7 +170,7 @@ def low_bits(n: Tensor) -> Tensor:
 
 def all_keys(Lk: int) -> Tensor:
     """Words of a row that sees every key: int64 [ceil(Lk / 64)]."""
-    return low_bits((Lk - 64 * torch.arange(-(-Lk // 64))).clamp(max=64))
+    return low_bits((Lk - 64 * torch.arange(-(-Lk // 64), device="cpu")).clamp(max=64))
 
 
 def to_words(a: Rows) -> Words:

@@ -8,6 +8,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from . import data
 from .algebra import Mask
 from .grids import blocks
 from .patterns import causal, empty, full, intervals, key_padding, packed_bits, prefix, window
@@ -30,6 +31,7 @@ class Report(NamedTuple):
         return f"{self.structure}, density {self.density:.4g}, {rows}"
 
 
+@data.plainly()
 def recognise(stretches: Iterable[Rows], Lq: int, Lk: int) -> tuple[Mask, Report]:
     """The mask of rows given in order for all queries (Lq >= 1), under the name of the first pattern that fits."""
     rows = _collapsed(join(list(stretches)))
