@@ -96,16 +96,18 @@ class Mask:
         """
         if tile != TILE:
             raise ValueError(f"tile must be {TILE}, got {tile!r}")
-        plans, key = self._plans, (Lq, Lk, str(device))
-        plan = plans.get(key)
-        if plan is None:
-            self._refuse(Lq, Lk)
-            with data.plainly():
-                plan = plans.get((Lq, Lk, "cpu")) or build_plan(self._stretches(Lq, Lk), *self.shape, Lq, Lk)
-                plan = plan.to(device)
-            for oldest in list(plans)[: 1 + len(plans) - _PLANS]:
-                plans.pop(oldest, None)
-            plans[key] = plan
+        plan = self.__dict__.get("_plans", {}).get((Lq, Lk, str(device)))
+        return data.uncompiled(Mask._new_plan)(self, Lq, Lk, device) if plan is None else plan
+
+    def _new_plan(self, Lq: int, Lk: int, device: Union[str, torch.device]) -> TilePlan:
+        self._refuse(Lq, Lk)
+        plans = self._plans
+        with data.plainly():
+            plan = plans.get((Lq, Lk, "cpu")) or build_plan(self._stretches(Lq, Lk), *self.shape, Lq, Lk)
+            plan = plan.to(device)
+        for oldest in list(plans)[: 1 + len(plans) - _PLANS]:
+            plans.pop(oldest, None)
+        plans[Lq, Lk, str(device)] = plan
         return plan
 
     def picture(self, Lq: int, Lk: int, batch: int = 0, head: int = 0) -> str:

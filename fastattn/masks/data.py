@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+F = TypeVar("F", bound=Callable[..., Any])
 Ints = Any  # a field given as an int tensor or a nested list of ints, a tensor from the constructor on
 
 
@@ -20,6 +21,11 @@ def plainly() -> Iterator[None]:
     with torch.inference_mode(False), torch._C._DisableFuncTorch(), _disable_current_modes():
         with torch._C.DisableTorchFunction():  # a default device is a mode too
             yield
+
+
+def uncompiled(function: F) -> F:
+    """`function`, which torch.compile does not trace but calls, breaking its graph: how a mask is built is no graph."""
+    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
 
 
 def owned(name: str, value: Any, dims: Sequence[int]) -> Tensor:

@@ -13,6 +13,7 @@ from ..autograd import autocast, full_precision, transformed, unobserved
 from ..dispatch import BACKENDS, Explanation, select
 from ..dispatch import explain as explain_call
 from ..masks import Mask, TilePlan
+from ..masks.data import uncompiled
 from ..masks.plan import plan_from_dense
 from ..params import SoftmaxCall, SoftmaxParams, SoftmaxTensors, accumulate_dtype
 from .softmax_autograd import attend, attend_without_gradient
@@ -188,7 +189,7 @@ def _extras(x, params, mask, bias, slopes, sinks, cu_q, cu_k) -> tuple[SoftmaxTe
     target = (B, Hq, Lq, Lk)
     plan = diagonal = None
     if cu_q is not None or cu_k is not None:
-        plan, diagonal, params = packed_plan(cu_q, cu_k, mask, x, params, slopes is not None)
+        plan, diagonal, params = uncompiled(packed_plan)(cu_q, cu_k, mask, x, params, slopes is not None)
         mask = None
     elif isinstance(mask, (Mask, TilePlan)):
         plan = checks.tile_plan(mask if isinstance(mask, TilePlan) else mask.plan(Lq, Lk), target, q.device)
