@@ -15,6 +15,8 @@ from fastattn.backends import native
 from fastattn.masks import TilePlan, plan_from_dense
 from fastattn.masks.plan import build_plan
 from fastattn.masks.rows import unpack
+from fastattn.ops.softmax import _extras
+from fastattn.params import SoftmaxParams, SoftmaxTensors
 
 needs_core = pytest.mark.skipif(native._C is None, reason=f"native: {native.status()}")
 MASK = masks.causal() & masks.documents(torch.arange(300) // 70) | masks.prefix(5)
@@ -213,6 +215,15 @@ def test_plans_are_kept_for_the_lengths_used_last():
     assert len(mask._plans) <= 16 and mask.plan(1, 99) is mask.plan(1, 99)
     moved = mask.plan(100, 200, device="meta")
     assert moved is mask.plan(100, 200, device="meta") and moved.rows.device.type == "meta"
+
+
+def test_attention_keeps_the_plan_of_its_device():
+    mask, q = masks.causal() & masks.window(9, None), torch.zeros(1, 1, 20, 8, device="meta")
+    plans = [
+        _extras(SoftmaxTensors(q, q, q), SoftmaxParams(1.0), mask, None, None, None, None, None)[0].plan
+        for _ in range(2)
+    ]
+    assert plans[0] is plans[1] and plans[0].rows.is_meta
 
 
 def test_plans_pass_through_compile_and_pytree():

@@ -192,7 +192,8 @@ def _extras(x, params, mask, bias, slopes, sinks, cu_q, cu_k) -> tuple[SoftmaxTe
         plan, diagonal, params = uncompiled(packed_plan)(cu_q, cu_k, mask, x, params, slopes is not None)
         mask = None
     elif isinstance(mask, (Mask, TilePlan)):
-        plan = checks.tile_plan(mask if isinstance(mask, TilePlan) else mask.plan(Lq, Lk), target, q.device)
+        plan = mask if isinstance(mask, TilePlan) else mask.plan(Lq, Lk, device=q.device)
+        plan = checks.tile_plan(plan, target, q.device)
         mask = None
     return x._replace(
         bias=None if bias is None else checks.float_bias(bias, q, target),
