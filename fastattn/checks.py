@@ -129,15 +129,23 @@ def bool_mask(mask: Tensor, target: tuple[int, ...], device: torch.device) -> Te
     return broadcastable("mask", mask, target, device)
 
 
+def slices(found: tuple[int, int], target: tuple[int, ...]) -> None:
+    """The batches and heads of a mask are 1 or those of the call."""
+    if any(n not in (1, wanted) for n, wanted in zip(found, target)):
+        raise ValueError(
+            f"mask has {found[0]} batches and {found[1]} heads, which does not broadcast to B {target[0]}, Hq {target[1]}"
+        )
+
+
 def tile_plan(plan: TilePlan, target: tuple[int, ...], device: torch.device) -> TilePlan:
     """The plan on `device`; its lengths are those of the call, its batches and heads 1 or those of the call."""
-    B, Hq, Lq, Lk = target
-    if (plan.Lq, plan.Lk) != (Lq, Lk):
-        raise ValueError(f"mask is a plan for Lq {plan.Lq}, Lk {plan.Lk}, but q and k have Lq {Lq}, Lk {Lk}")
-    if plan.batches not in (1, B) or plan.heads not in (1, Hq):
+    if (plan.Lq, plan.Lk) != target[2:]:
         raise ValueError(
-            f"mask has {plan.batches} batches and {plan.heads} heads, which does not broadcast to B {B}, Hq {Hq}"
+            f"mask is a plan for Lq {plan.Lq}, Lk {plan.Lk}, but q and k have Lq {target[2]}, Lk {target[3]}"
         )
+    slices((plan.batches, plan.heads), target)
+    if plan.rows.is_meta and device.type != "meta":
+        raise ValueError("mask is a plan on the meta device, which holds no data")
     return plan if plan.rows.device == device else plan.to(device)
 
 
@@ -165,6 +173,8 @@ def sinks(sinks: Tensor, Hq: int, device: torch.device) -> Tensor:
 def cu_seqlens(name: str, starts: Tensor, of: str, L: int) -> Tensor:
     """int64 on the CPU, where masks are built."""
     sequence_ends(name, starts)
+    if starts.is_meta:
+        raise ValueError(f"{name} is on the meta device, which holds no offsets")
     starts = starts.detach().to("cpu", torch.int64)
     rising_ends(name, starts, of, L)
     return starts

@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_masks import BUILDERS, assert_same_plan
 
+import fastattn
 from fastattn import masks
 from fastattn.backends import native
 from fastattn.masks import TilePlan, plan_from_dense
@@ -86,6 +87,31 @@ def test_malformed_plans_are_refused(name):
     with pytest.raises((ValueError, TypeError)) as refusal:
         native._C.check_plan(MALFORMED[name]())
     assert str(refusal.value)
+
+
+@needs_core
+@pytest.mark.parametrize("backend", ["native", "eager", "reference"])
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_plans_reach_no_backend(name, backend):
+    q, wrong = torch.zeros(1, 1, 300, 8), MALFORMED[name]()
+    if isinstance(wrong, TilePlan):
+        with pytest.raises((ValueError, TypeError)):
+            fastattn.attention(q.requires_grad_(), q, q, mask=wrong, backend=backend)
+
+
+def test_plans_and_offsets_without_data():
+    q = torch.zeros(1, 1, 300, 8)
+    with pytest.raises(ValueError, match="mask is a plan on the meta device"):
+        fastattn.attention(q, q, q, mask=plan().to("meta"))
+    with pytest.raises(ValueError, match="cu_seqlens_q is on the meta device"):
+        fastattn.attention(q, q, q, cu_seqlens_q=torch.zeros(2, dtype=torch.int32, device="meta"))
+
+
+def test_masks_of_other_heads_are_refused_before_they_are_planned():
+    q = torch.zeros(1, 2, 8, 4)
+    for options in ({}, {"cu_seqlens_q": torch.tensor([0, 8])}):
+        with pytest.raises(ValueError, match="1000000000 heads.*Hq 2"):
+            fastattn.attention(q, q, q, mask=masks.bigbird(1, heads=10**9), **options)
 
 
 @needs_core

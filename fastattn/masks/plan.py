@@ -127,6 +127,13 @@ def plan_from_dense(visible: Tensor, Lq: int, Lk: int, native: bool = True) -> T
     return _plan(tensors, B, H, Lq, Lk)
 
 
+def refuse_malformed(plan: TilePlan) -> None:
+    """ValueError or TypeError if reading it would go wrong; on other devices, or without a native core, nobody looks."""
+    core = _core()
+    if core is not None and (not isinstance(plan.rows, Tensor) or plan.rows.is_cpu):
+        core._C.check_plan(plan)
+
+
 def _plan(tensors: tuple[Tensor, ...], batches: int, heads: int, Lq: int, Lk: int) -> TilePlan:
     row_start, rows, column_start, columns, words, row_order, column_order = tensors
     return TilePlan(
