@@ -11,7 +11,9 @@ from torch import Tensor
 
 from . import data
 from .plan_torch import plan_tensors
-from .rows import TILE, Rows, pack, unpack
+from .rows import TILE, Rows, pack, text, unpack
+
+REPR_LIMIT = 32  # lengths up to which a plan prints what the first batch and head see
 
 
 class TilePlan(NamedTuple):
@@ -87,10 +89,12 @@ class TilePlan(NamedTuple):
         return self.bits_of(self.tiles())[:, :, : self.Lq, : self.Lk].contiguous()
 
     def __repr__(self) -> str:
-        return (
+        sizes = (
             f"TilePlan({self.batches} x {self.heads}, Lq {self.Lq}, Lk {self.Lk}: {len(self.rows)} runs, "
             f"{len(self.words)} bit tiles, {self.nbytes} bytes on {self.rows.device})"
         )
+        small = max(self.Lq, self.Lk) <= REPR_LIMIT and type(self.rows) is Tensor and self.rows.is_cpu
+        return f"{sizes}\n{text(self.to_dense()[:1, :1].flatten(0, 2))}".rstrip() if small else sizes
 
 
 def _spread(counts: Tensor) -> tuple[Tensor, Tensor]:

@@ -206,6 +206,11 @@ def to_bool(a: Rows) -> Tensor:
     return unpack(to_words(a).words, a.Lk)
 
 
+def text(visible: Tensor) -> str:
+    """bool [Lq, Lk] as one line per query: '#' visible, '.' hidden."""
+    return "\n".join("".join("#" if seen else "." for seen in row) for row in visible.tolist())
+
+
 def visible_keys(a: Rows) -> int:
     """How many (row, key) pairs are visible."""
     if isinstance(a, Intervals):
