@@ -275,6 +275,18 @@ def test_picture():
         mask.picture(129, 4)
     with pytest.raises(ValueError, match=r"batch must be in 0 .. 0"):
         mask.picture(3, 3, batch=1)
+    with pytest.raises(TypeError, match="batch must be an int"):
+        mask.picture(3, 3, batch="a")
+    with pytest.raises(ValueError, match="no batch"):
+        masks.documents(torch.zeros(0, 4, dtype=torch.int64)).picture(4, 4)
+
+
+def test_small_plans_are_printed():
+    mask = masks.causal() & masks.window(1, None) | masks.prefix(T([1, 2]))
+    sizes, picture = repr(mask.plan(32, 20)).split("\n", 1)
+    assert sizes.startswith("TilePlan(2 x 1, Lq 32, Lk 20:") and picture == mask.picture(32, 20)
+    for plan in (mask.plan(33, 20), mask.plan(3, 3, device="meta"), masks.full().plan(0, 3), masks.full().plan(3, 0)):
+        assert "\n" not in repr(plan)
 
 
 def test_plot(tmp_path):
@@ -299,6 +311,13 @@ def test_plot(tmp_path):
         and drawn[5, 90] == 0
     )
     pyplot.close(figure)
+    of_slices = [masks.prefix(T([[0, 100], [30, 40]])).plot(100, 100, b, h).get_title() for b in (0, 1) for h in (0, 1)]
+    assert [title.split()[-1] for title in of_slices] == ["0", "1", "0.3", "0.4"]
+    for Lq, Lk in ((0, 5), (5, 0)):
+        axes = masks.causal().plot(Lq, Lk)
+        axes.figure.canvas.draw()
+        assert "density 0" in axes.get_title()
+    pyplot.close("all")
     with pytest.raises(ValueError, match="lengths up to"):
         masks.causal().plot(2**20, 5)
 

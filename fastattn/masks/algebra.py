@@ -117,7 +117,7 @@ class Mask:
         return picture(self, Lq, Lk, batch, head)
 
     def plot(self, Lq: int, Lk: int, batch: int = 0, head: int = 0, ax: Optional[Axes] = None) -> Axes:
-        """Draws full, partial and empty tiles, the density in the title. Needs matplotlib: pip install fastattn[plot]."""
+        """Draws full, partial and empty tiles, and this slice's density. Needs matplotlib: pip install fastattn[plot]."""
         from .plot import plot
 
         return plot(self, Lq, Lk, batch, head, ax)
