@@ -260,6 +260,44 @@ def test_malformed_json_is_refused(name):
     assert str(refusal.value)
 
 
+def nested(depth: int) -> Mask:
+    mask = masks.causal()
+    for _ in range(depth // 2):
+        mask = mask & masks.window(9) | masks.prefix(1)
+    return mask
+
+
+def test_how_deep_masks_nest():
+    deepest = nested(100)
+    assert deepest.plan(9, 9).to_dense().equal(deepest.to_dense(9, 9)) and deepest.density(9, 9) > 0
+    for copied in (Mask.from_dict(deepest.to_dict()), copy.deepcopy(deepest), pickle.loads(pickle.dumps(deepest))):
+        assert copied == deepest and hash(copied) == hash(deepest)
+    for deeper in (lambda: ~deepest, lambda: nested(102)):
+        with pytest.raises(ValueError, match="100 deep"):
+            deeper()
+    stored = deepest.to_dict()
+    for _ in range(5000):
+        stored = {"kind": "Not", "mask": stored}
+    with pytest.raises(ValueError, match="100 deep"):
+        Mask.from_dict(stored)
+
+
+def test_long_disjunctions_cost_little():
+    """Each mask is asked once for its batches and heads, however often the disjunction grows."""
+    asked = []
+
+    class _Counted(Mask):
+        @property
+        def shape(self):
+            asked.append(self)
+            return 1, 1
+
+    mask = _Counted()
+    for _ in range(100):
+        mask = mask | _Counted()
+    assert len(mask.masks) == len(asked) == 101
+
+
 def test_a_user_cannot_take_the_name_of_a_pattern():
     stored = masks.full().to_dict()
     assert type("full", (Mask,), {})().to_dict() == stored

@@ -7,6 +7,7 @@ import random
 import mask_cases
 import pytest
 import torch
+import torch._dynamo.testing
 from harness import BACKENDS, FP32, FP64, all_backends
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 

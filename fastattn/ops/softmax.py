@@ -196,7 +196,7 @@ def _extras(x, params, mask, bias, slopes, sinks, cu_q, cu_k) -> tuple[SoftmaxTe
             refuse_malformed(mask)
         plan, mask = checks.tile_plan(mask, target, q.device), None
     elif isinstance(mask, Mask):
-        checks.slices(mask.shape, target)
+        checks.slices(mask.slices, target)
         plan, mask = mask.plan(Lq, Lk, device=q.device), None
     return x._replace(
         bias=None if bias is None else checks.float_bias(bias, q, target),

@@ -47,7 +47,7 @@ def packed_plan(
                 _own_part(checks.bool_mask(mask, (B, Hq, Lq, Lk), x.q.device)).expand(-1, -1, -1, Lk).cpu()
             )
         visible = visible & mask
-    checks.slices(visible.shape, (B, Hq))
+    checks.slices(visible.slices, (B, Hq))
     plan = visible.plan(Lq, Lk).to(x.q.device)
     params = params._replace(causal=CAUSAL_NONE, window_left=None, window_right=None)
     if not with_diagonal:
