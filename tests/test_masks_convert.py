@@ -163,8 +163,16 @@ def test_block_lists_without_a_mask_mod_are_taken_as_they_are():
 def test_to_flex_refuses():
     with pytest.raises(ValueError, match="multiple of 64"):
         masks.causal().to_flex(100, 100, 100)
+    nobody = masks.documents(torch.zeros(0, 4, dtype=torch.int64))
+    for mask, Lq, Lk in ((masks.full(), 0, 5), (masks.full(), 3, 0), (nobody, 4, 4)):
+        with pytest.raises(ValueError, match=f"BlockMask needs pairs.*{Lq} x {Lk}"):
+            mask.to_flex(Lq, Lk)
     with pytest.raises(TypeError, match="BlockMask"):
         masks.from_flex(torch.ones(3, 3))
+    for block in (2, -1):
+        count, indices = torch.tensor([[[1, 2]]]), torch.tensor([[[[block, 0], [0, 1]]]])
+        with pytest.raises(ValueError, match=f"kv_indices of the BlockMask lists block {block}, there are 2"):
+            masks.from_flex(BlockMask.from_kv_blocks(count.int(), indices.int(), BLOCK_SIZE=64, compute_q_blocks=False))
 
 
 CAUSAL, IDS_70 = masks.causal(), torch.arange(300) // 70
@@ -282,8 +290,9 @@ def test_flash_arguments():
     for wrong in ({"window_size": (-2, 0)}, {"cu_seqlens_k": cu_k}):
         with pytest.raises(ValueError):
             masks.from_flash(**wrong)
-    with pytest.raises(TypeError):
-        masks.from_flash(window_size=5)
+    for wrong in ({"window_size": 5}, {"causal": "top_left"}):
+        with pytest.raises(TypeError):
+            masks.from_flash(**wrong)
 
 
 def test_padding_masks():

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..checks import FAR
+
 F = TypeVar("F", bound=Callable[..., Any])
 Ints = Any  # a field given as an int tensor or a nested list of ints, a tensor from the constructor on
 
@@ -71,11 +73,13 @@ def bools(name: str, value: Any, dims: Sequence[int]) -> Tensor:
     return tensor
 
 
-def whole(name: str, value: Any, least: int) -> int:
+def whole(name: str, value: Any, least: int, most: int = FAR) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}")
     return value
 
 
