@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 import sys
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from torch import Tensor
@@ -105,9 +105,26 @@ def broadcastable(name: str, t: Tensor, target: tuple[int, ...], device: torch.d
     return full
 
 
+def causal_bias(value: Any) -> Optional[str]:
+    """The alignment of torch's CausalBias, a tensor whose memory was never written; None for anything else."""
+    bias = None if type(value) is Tensor else sys.modules.get("torch.nn.attention.bias")
+    if bias is None or not isinstance(value, bias.CausalBias):
+        return None
+    return CAUSAL_BOTTOM_RIGHT if value.variant == bias.CausalVariant.LOWER_RIGHT else CAUSAL_TOP_LEFT
+
+
+def _refuse_causal_bias(name: str, value: Tensor) -> None:
+    if causal_bias(value):
+        raise TypeError(
+            f"{name} is a torch.nn.attention.bias.CausalBias, which holds no numbers; "
+            "pass mask=fastattn.masks.from_causal_bias(...), or causal="
+        )
+
+
 def bool_mask(mask: Tensor, target: tuple[int, ...], device: torch.device) -> Tensor:
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a bool tensor, a mask of fastattn.masks or its plan, got {type(mask).__name__}")
+    _refuse_causal_bias("mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(
             f"mask must be a bool tensor (True = visible), got {mask.dtype} {list(mask.shape)}; "
@@ -116,15 +133,23 @@ def bool_mask(mask: Tensor, target: tuple[int, ...], device: torch.device) -> Te
     return broadcastable("mask", mask, target, device)
 
 
+def slices(found: tuple[int, int], target: tuple[int, ...]) -> None:
+    """The batches and heads of a mask are 1 or those of the call."""
+    if any(n not in (1, wanted) for n, wanted in zip(found, target)):
+        raise ValueError(
+            f"mask has {found[0]} batches and {found[1]} heads, which does not broadcast to B {target[0]}, Hq {target[1]}"
+        )
+
+
 def tile_plan(plan: TilePlan, target: tuple[int, ...], device: torch.device) -> TilePlan:
     """The plan on `device`; its lengths are those of the call, its batches and heads 1 or those of the call."""
-    B, Hq, Lq, Lk = target
-    if (plan.Lq, plan.Lk) != (Lq, Lk):
-        raise ValueError(f"mask is a plan for Lq {plan.Lq}, Lk {plan.Lk}, but q and k have Lq {Lq}, Lk {Lk}")
-    if plan.batches not in (1, B) or plan.heads not in (1, Hq):
+    if (plan.Lq, plan.Lk) != target[2:]:
         raise ValueError(
-            f"mask has {plan.batches} batches and {plan.heads} heads, which does not broadcast to B {B}, Hq {Hq}"
+            f"mask is a plan for Lq {plan.Lq}, Lk {plan.Lk}, but q and k have Lq {target[2]}, Lk {target[3]}"
         )
+    slices((plan.batches, plan.heads), target)
+    if plan.rows.is_meta and device.type != "meta":
+        raise ValueError("mask is a plan on the meta device, which holds no data")
     return plan if plan.rows.device == device else plan.to(device)
 
 
@@ -162,6 +187,8 @@ def sinks(sinks: Tensor, Hq: int, device: torch.device) -> Tensor:
 def cu_seqlens(name: str, starts: Tensor, of: str, L: int) -> Tensor:
     """int64 on the CPU, where masks are built."""
     sequence_ends(name, starts)
+    if starts.is_meta:
+        raise ValueError(f"{name} is on the meta device, which holds no offsets")
     starts = starts.detach().to("cpu", torch.int64)
     rising_ends(name, starts, of, L)
     return starts
@@ -198,6 +225,7 @@ def softcap_value(softcap: Optional[float]) -> float:
 def float_bias(bias: Tensor, q: Tensor, target: tuple[int, ...]) -> Tensor:
     if not isinstance(bias, Tensor):
         raise TypeError(f"bias must be a float tensor, got {type(bias).__name__}")
+    _refuse_causal_bias("bias", bias)
     if bias.dtype != q.dtype and not (bias.dtype == torch.float32 and q.dtype != torch.float64):
         raise TypeError(
             f"bias must have the dtype of q ({q.dtype}) or float32, got {bias.dtype} {list(bias.shape)}; "

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .autograd import autocast
-from .checks import refuse_layout, shapes
+from .checks import causal_bias, refuse_layout, shapes
 from .dispatch import check_name
 from .ops.softmax import attention, plain_attention
 
@@ -37,7 +37,8 @@ def scaled_dot_product_attention(
 
     query [..., Hq, Lq, D], key [..., Hk, Lk, D], value [..., Hk, Lk, Dv], two to five dimensions, batch dimensions
     broadcast. attn_mask broadcasts to [..., Hq, Lq, Lk]: bool (True takes part) or float (added; dtype of query or
-    float32; differentiable). is_causal is aligned top-left, as in torch. With enable_gqa, Hq may be a multiple of Hk.
+    float32; differentiable); or it is a CausalBias of torch.nn.attention.bias for Lq and Lk. is_causal is aligned
+    top-left, as in torch. With enable_gqa, Hq may be a multiple of Hk.
 
     Raises RuntimeError with the shapes where the arguments do not fit; attn_mask together with is_causal is refused:
     `fastattn.attention(mask=..., causal=...)` combines them.
@@ -70,8 +71,8 @@ def _sdpa(function, query, key, value, attn_mask, dropout_p, is_causal, scale, e
     query, key, value = autocast(query, key, value)
     _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     lead, q, k, v = _four_dimensions(query, key, value, enable_gqa)
-    mask, bias = _split_mask(attn_mask, q, k, lead)
-    causal = "top_left" if is_causal else False
+    causal = "top_left" if is_causal else _alignment(attn_mask, query, key)
+    mask, bias = _split_mask(None if causal else attn_mask, q, k, lead)
     out = attention(q, k, v, mask=mask, bias=bias, causal=causal, dropout_p=dropout_p, scale=scale, backend=backend)
     rank = max(query.dim(), key.dim(), value.dim())
     return out if rank == 4 else out.reshape(*lead, *out.shape[1 if rank > 2 else 2 :])
@@ -94,7 +95,8 @@ def _check_types(query, key, value, attn_mask, is_causal, enable_gqa) -> None:
         if name == "attn_mask" and t is None:
             continue
         if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+            hint = "; masks and plans are taken by fastattn.attention(mask=...)" if name == "attn_mask" else ""
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}{hint}")
         refuse_layout(name, t, RuntimeError)
 
 
@@ -169,6 +171,16 @@ def _four_dimensions(query, key, value, enable_gqa):
         t = t if t.shape == shape else t.expand(shape)
         full.append(t.unsqueeze(0) if t.dim() == 3 else t if t.dim() == 4 else t.flatten(0, -4))
     return lead, *full
+
+
+def _alignment(attn_mask, query, key):
+    """Of a CausalBias; False for other masks."""
+    causal = causal_bias(attn_mask)
+    if causal and (attn_mask.seq_len_q, attn_mask.seq_len_kv) != (query.shape[-2], key.shape[-2]):
+        raise RuntimeError(
+            f"attn_mask is a CausalBias of {attn_mask.seq_len_q} x {attn_mask.seq_len_kv}: {shapes(query=query, key=key)}"
+        )
+    return causal or False
 
 
 def _split_mask(attn_mask, q, k, lead):

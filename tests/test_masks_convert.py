@@ -10,6 +10,7 @@ from mask_cases import expressions
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
 
+import fastattn
 from fastattn import masks
 from fastattn.masks import from_dense
 
@@ -162,8 +163,16 @@ def test_block_lists_without_a_mask_mod_are_taken_as_they_are():
 def test_to_flex_refuses():
     with pytest.raises(ValueError, match="multiple of 64"):
         masks.causal().to_flex(100, 100, 100)
+    nobody = masks.documents(torch.zeros(0, 4, dtype=torch.int64))
+    for mask, Lq, Lk in ((masks.full(), 0, 5), (masks.full(), 3, 0), (nobody, 4, 4)):
+        with pytest.raises(ValueError, match=f"BlockMask needs pairs.*{Lq} x {Lk}"):
+            mask.to_flex(Lq, Lk)
     with pytest.raises(TypeError, match="BlockMask"):
         masks.from_flex(torch.ones(3, 3))
+    for block in (2, -1):
+        count, indices = torch.tensor([[[1, 2]]]), torch.tensor([[[[block, 0], [0, 1]]]])
+        with pytest.raises(ValueError, match=f"kv_indices of the BlockMask lists block {block}, there are 2"):
+            masks.from_flex(BlockMask.from_kv_blocks(count.int(), indices.int(), BLOCK_SIZE=64, compute_q_blocks=False))
 
 
 CAUSAL, IDS_70 = masks.causal(), torch.arange(300) // 70
@@ -242,6 +251,32 @@ def test_causal_biases():
         masks.from_causal_bias(torch.ones(3, 3))
 
 
+@pytest.mark.parametrize("bias_of", [causal_lower_right, causal_upper_left])
+@pytest.mark.parametrize("Lq, Lk", [(8, 12), (12, 12)])
+def test_causal_biases_as_arguments(bias_of, Lq, Lk):
+    """Such a bias is a tensor whose memory was never written: nothing may read it."""
+    q, k, bias = torch.randn(1, 2, Lq, 16), torch.randn(1, 2, Lk, 16), bias_of(Lq, Lk)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, k, attn_mask=bias)
+    outs = [fastattn.scaled_dot_product_attention(q, k, k, bias)]
+    with fastattn.patched():
+        outs.append(torch.nn.functional.scaled_dot_product_attention(q, k, k, attn_mask=bias))
+    for out in outs:
+        assert type(out) is torch.Tensor
+        torch.testing.assert_close(out, expected)
+    for name in ("mask", "bias"):
+        with pytest.raises(TypeError, match=f"{name} is .*CausalBias.*from_causal_bias"):
+            fastattn.attention(q, k, k, **{name: bias})
+    with pytest.raises(RuntimeError, match="CausalBias of 5 x 12"):
+        fastattn.scaled_dot_product_attention(q, k, k, bias_of(5, 12))
+
+
+@pytest.mark.parametrize("mask", [masks.causal(), masks.causal().plan(8, 8)], ids=["mask", "plan"])
+def test_the_drop_in_says_where_masks_go(mask):
+    q = torch.randn(1, 2, 8, 4)
+    with pytest.raises(TypeError, match=r"fastattn\.attention\(mask="):
+        fastattn.scaled_dot_product_attention(q, q, q, mask)
+
+
 def test_flash_arguments():
     assert masks.from_flash() == masks.full()
     assert masks.from_flash(causal=True) == masks.causal()
@@ -255,8 +290,9 @@ def test_flash_arguments():
     for wrong in ({"window_size": (-2, 0)}, {"cu_seqlens_k": cu_k}):
         with pytest.raises(ValueError):
             masks.from_flash(**wrong)
-    with pytest.raises(TypeError):
-        masks.from_flash(window_size=5)
+    for wrong in ({"window_size": 5}, {"causal": "top_left"}):
+        with pytest.raises(TypeError):
+            masks.from_flash(**wrong)
 
 
 def test_padding_masks():

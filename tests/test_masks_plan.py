@@ -10,11 +10,14 @@ import pytest
 import torch
 from test_masks import BUILDERS, assert_same_plan
 
+import fastattn
 from fastattn import masks
 from fastattn.backends import native
 from fastattn.masks import TilePlan, plan_from_dense
 from fastattn.masks.plan import build_plan
 from fastattn.masks.rows import unpack
+from fastattn.ops.softmax import _extras
+from fastattn.params import SoftmaxParams, SoftmaxTensors
 
 needs_core = pytest.mark.skipif(native._C is None, reason=f"native: {native.status()}")
 MASK = masks.causal() & masks.documents(torch.arange(300) // 70) | masks.prefix(5)
@@ -84,6 +87,31 @@ def test_malformed_plans_are_refused(name):
     with pytest.raises((ValueError, TypeError)) as refusal:
         native._C.check_plan(MALFORMED[name]())
     assert str(refusal.value)
+
+
+@needs_core
+@pytest.mark.parametrize("backend", ["native", "eager", "reference"])
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_plans_reach_no_backend(name, backend):
+    q, wrong = torch.zeros(1, 1, 300, 8), MALFORMED[name]()
+    if isinstance(wrong, TilePlan):
+        with pytest.raises((ValueError, TypeError)):
+            fastattn.attention(q.requires_grad_(), q, q, mask=wrong, backend=backend)
+
+
+def test_plans_and_offsets_without_data():
+    q = torch.zeros(1, 1, 300, 8)
+    with pytest.raises(ValueError, match="mask is a plan on the meta device"):
+        fastattn.attention(q, q, q, mask=plan().to("meta"))
+    with pytest.raises(ValueError, match="cu_seqlens_q is on the meta device"):
+        fastattn.attention(q, q, q, cu_seqlens_q=torch.zeros(2, dtype=torch.int32, device="meta"))
+
+
+def test_masks_of_other_heads_are_refused_before_they_are_planned():
+    q = torch.zeros(1, 2, 8, 4)
+    for options in ({}, {"cu_seqlens_q": torch.tensor([0, 8])}):
+        with pytest.raises(ValueError, match="1000000000 heads.*Hq 2"):
+            fastattn.attention(q, q, q, mask=masks.bigbird(1, heads=10**9), **options)
 
 
 @needs_core
@@ -215,6 +243,15 @@ def test_plans_are_kept_for_the_lengths_used_last():
     assert moved is mask.plan(100, 200, device="meta") and moved.rows.device.type == "meta"
 
 
+def test_attention_keeps_the_plan_of_its_device():
+    mask, q = masks.causal() & masks.window(9, None), torch.zeros(1, 1, 20, 8, device="meta")
+    plans = [
+        _extras(SoftmaxTensors(q, q, q), SoftmaxParams(1.0), mask, None, None, None, None, None)[0].plan
+        for _ in range(2)
+    ]
+    assert plans[0] is plans[1] and plans[0].rows.is_meta
+
+
 def test_plans_pass_through_compile_and_pytree():
     """Twelve leaves; other documents of the same lengths compile nothing new where the sizes are equal."""
     compiled = []
@@ -235,17 +272,31 @@ def test_plans_pass_through_compile_and_pytree():
     assert "4 runs" in repr(first)
 
 
+@pytest.mark.parametrize("Lk", [2**24 + 1, 2**25 + 3, masks.algebra.MAX_LENGTH])
+def test_lengths_past_the_integers_of_float32(Lk):
+    assert len(masks.empty().plan(64, Lk).rows) == 0 and masks.empty().density(64, Lk) == 0
+    assert masks.full().density(64, Lk) == (~masks.empty()).density(64, Lk) == 1
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak of /proc/self/status")
 @needs_core
-@pytest.mark.parametrize("L, budget_MiB", [(2**17, 8), (2**20, 64)])
-def test_memory_of_building(L, budget_MiB):
+@pytest.mark.parametrize(
+    "L, budget_MiB, ids",
+    [
+        (2**17, 8, "torch.arange(L) * 8 // L"),
+        (2**20, 64, "torch.arange(L) * 8 // L"),
+        (2**14, 32, "torch.arange(L) % 2 * torch.arange(L)"),  # half of the tokens are documents of their own
+        (2**17, 64, "(torch.arange(L) % 512 > 0) * torch.arange(L)"),  # one document has the most intervals there are
+    ],
+)
+def test_memory_of_building(L, budget_MiB, ids):
     """causal & documents & window, the algebra included; nothing of size Lq x Lk exists on the way."""
     code = f"""
         import torch
         from fastattn import masks
 
         def build(L):
-            ids = torch.arange(L) * 8 // L
+            ids = {ids}
             return (masks.causal() & masks.documents(ids) & masks.window(4096, None)).plan(L, L)
 
         def peak():

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from mask_cases import expressions
 
 from fastattn import masks
 from fastattn.masks import Mask
@@ -52,6 +53,12 @@ REFUSED = {  # name: (call, what the message names)
     "block_size of three": (lambda: masks.blocks(BOOLS[None], (1, 2, 3)), TypeError, "block_size"),
     "bigbird block": (lambda: masks.bigbird(0), ValueError, "block_size"),
     "bigbird seed": (lambda: masks.bigbird(8, seed=-1), ValueError, "seed"),
+    "bigbird seed of 65 bits": (lambda: masks.bigbird(8, seed=2**64), ValueError, "seed must be at most"),
+    "bigbird heads": (lambda: masks.bigbird(1, heads=10**22), ValueError, "heads must be at most"),
+    "step past int64": (lambda: masks.dilated(2**70), ValueError, "step must be at most"),
+    "blocks past int64": (lambda: masks.blocks(BOOLS[None], 2**70), ValueError, "block_size must be at most"),
+    "tokens of an int": (lambda: masks.longformer(3, 2), ValueError, "tokens must have 1 dim"),
+    "tokens of nothing": (lambda: masks.longformer(3, None), TypeError, "tokens"),
     "grid": (lambda: masks.neighborhood((1, 2, 3, 4), 1), TypeError, "grid"),
     "grid of nothing": (lambda: masks.neighborhood((0, 4), 1), ValueError, "at least 1"),
     "kernel over the grid": (lambda: masks.neighborhood((4, 4), 5), ValueError, "does not fit"),
@@ -93,6 +100,7 @@ LENGTHS_REFUSED = {  # name: (mask, Lq, Lk)
     "dense": (masks.dense(torch.ones(3, 4).bool()), 3, 5, "Lk = 4.*Lk = 5"),
     "dense, Lq": (masks.dense(torch.ones(3, 4).bool()), 2, 4, "Lq = 3.*Lq = 2"),
     "inside an expression": (~(masks.causal() & masks.documents([0, 0, 1])), 4, 4, "Lq = 3.*Lq = 4"),
+    "neighborhood past int64": (masks.neighborhood((2**40, 2**40), 3), 12, 12, f"Lq = {2**80}.*Lq = 12"),
     "negative": (masks.causal(), -1, 4, "Lq must be in 0"),
     "past int32": (masks.causal(), 4, 2**31, "Lk must be in 0"),
 }
@@ -128,6 +136,29 @@ def test_masks_cannot_be_changed():
     assert mask == masks.documents([0, 0, 1])
     with pytest.raises(AttributeError):
         mask.ids_q = ids
+
+
+def test_the_default_device_is_of_no_concern():
+    """Nor is the default dtype. The meta device stands for any other."""
+    for mask, _, Lq, Lk in expressions(40, seed=7):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float16)
+        try:
+            with torch.device("meta"):
+                made = Mask.from_dict(mask.to_dict())
+                plan, again = made.plan(Lq, Lk), made.to_dense(Lq, Lk)
+                found, report = masks.from_dense(again)
+                scanned = masks.plan_from_dense(again, Lq, Lk, native=False)
+                flex = made.to_flex(Lq, Lk)
+                back = masks.from_flex(flex) if min(Lq, Lk) > 0 and again.numel() else made
+        finally:
+            torch.set_default_dtype(before)
+        assert made == mask and torch.equal(again, mask.to_dense(Lq, Lk)) and report.density == found.density(Lq, Lk)
+        assert torch.equal(plan.to_dense(), again) and torch.equal(scanned.to_dense(), again)
+        for other in (found, back):
+            assert torch.equal(other.to_dense(Lq, Lk).expand(again.shape), again)
+    with torch.device("meta"):
+        assert masks.tree([-1, 0, 0]).density(3, 3) == 5 / 9 and masks.prefix(2).density(1, 5) == 0.4
 
 
 REPRS = [
@@ -236,6 +267,44 @@ def test_malformed_json_is_refused(name):
     assert str(refusal.value)
 
 
+def nested(depth: int) -> Mask:
+    mask = masks.causal()
+    for _ in range(depth // 2):
+        mask = mask & masks.window(9) | masks.prefix(1)
+    return mask
+
+
+def test_how_deep_masks_nest():
+    deepest = nested(100)
+    assert deepest.plan(9, 9).to_dense().equal(deepest.to_dense(9, 9)) and deepest.density(9, 9) > 0
+    for copied in (Mask.from_dict(deepest.to_dict()), copy.deepcopy(deepest), pickle.loads(pickle.dumps(deepest))):
+        assert copied == deepest and hash(copied) == hash(deepest)
+    for deeper in (lambda: ~deepest, lambda: nested(102)):
+        with pytest.raises(ValueError, match="100 deep"):
+            deeper()
+    stored = deepest.to_dict()
+    for _ in range(5000):
+        stored = {"kind": "Not", "mask": stored}
+    with pytest.raises(ValueError, match="100 deep"):
+        Mask.from_dict(stored)
+
+
+def test_long_disjunctions_cost_little():
+    """Each mask is asked once for its batches and heads, however often the disjunction grows."""
+    asked = []
+
+    class _Counted(Mask):
+        @property
+        def shape(self):
+            asked.append(self)
+            return 1, 1
+
+    mask = _Counted()
+    for _ in range(100):
+        mask = mask | _Counted()
+    assert len(mask.masks) == len(asked) == 101
+
+
 def test_a_user_cannot_take_the_name_of_a_pattern():
     stored = masks.full().to_dict()
     assert type("full", (Mask,), {})().to_dict() == stored
@@ -251,6 +320,18 @@ def test_picture():
         mask.picture(129, 4)
     with pytest.raises(ValueError, match=r"batch must be in 0 .. 0"):
         mask.picture(3, 3, batch=1)
+    with pytest.raises(TypeError, match="batch must be an int"):
+        mask.picture(3, 3, batch="a")
+    with pytest.raises(ValueError, match="no batch"):
+        masks.documents(torch.zeros(0, 4, dtype=torch.int64)).picture(4, 4)
+
+
+def test_small_plans_are_printed():
+    mask = masks.causal() & masks.window(1, None) | masks.prefix(T([1, 2]))
+    sizes, picture = repr(mask.plan(32, 20)).split("\n", 1)
+    assert sizes.startswith("TilePlan(2 x 1, Lq 32, Lk 20:") and picture == mask.picture(32, 20)
+    for plan in (mask.plan(33, 20), mask.plan(3, 3, device="meta"), masks.full().plan(0, 3), masks.full().plan(3, 0)):
+        assert "\n" not in repr(plan)
 
 
 def test_plot(tmp_path):
@@ -275,6 +356,13 @@ def test_plot(tmp_path):
         and drawn[5, 90] == 0
     )
     pyplot.close(figure)
+    of_slices = [masks.prefix(T([[0, 100], [30, 40]])).plot(100, 100, b, h).get_title() for b in (0, 1) for h in (0, 1)]
+    assert [title.split()[-1] for title in of_slices] == ["0", "1", "0.3", "0.4"]
+    for Lq, Lk in ((0, 5), (5, 0)):
+        axes = masks.causal().plot(Lq, Lk)
+        axes.figure.canvas.draw()
+        assert "density 0" in axes.get_title()
+    pyplot.close("all")
     with pytest.raises(ValueError, match="lengths up to"):
         masks.causal().plot(2**20, 5)
 

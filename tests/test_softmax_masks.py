@@ -75,6 +75,7 @@ MASK_VIEWS = {
     "every_other_key": lambda m: m.repeat_interleave(2, -1)[..., ::2],
     "offset_1": lambda m: torch.nn.functional.pad(m, (1, 2))[..., 1:-2],
     "offset_7": lambda m: torch.nn.functional.pad(m, (7, 0))[..., 7:],
+    "bytes_of_2": lambda m: (2 * m.to(torch.uint8)).view(torch.bool),
 }
 
 

@@ -1,11 +1,16 @@
 """Packed sequences: every option means in each sequence what it means in a call of its own."""
 
+import subprocess
+import sys
+import textwrap
+
 import pytest
 import torch
 from harness import BF16, FP32, FP64, all_backends
 
 import fastattn
 from fastattn import masks
+from fastattn.backends import native
 from fastattn.testing import dropout_mask, max_error, next_rng, randn
 
 LENGTHS = {
@@ -100,6 +105,45 @@ def test_bias_and_masks_are_indexed_by_the_place_in_the_whole(kind, backend):
     visible = torch.rand(1, 4, Lq, Lk, generator=torch.Generator().manual_seed(1)) < 0.7
     compare(kind, backend, bias=randn((1, 1, Lq, Lk), FP32, 9), causal=True)
     compare(kind, backend, mask=visible)
+
+
+@all_backends
+@pytest.mark.parametrize("shape", [(1, 4, 1, 1), (1, 1, 1, 210), (1, 4, 210, 1), (210, 1)])
+def test_masks_that_broadcast(shape, backend):
+    q, k, v, cu_q, _, _, _ = packed("self")
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.7
+    whole = mask.expand(1, 4, 210, 210)
+    expected = one_by_one(q, k, v, cu_q, None, mask=whole, causal=True)[0]
+    for each in (mask, whole, whole.contiguous()):
+        found = fastattn.attention(q, k, v, mask=each, cu_seqlens_q=cu_q, causal=True, backend=backend)
+        assert max_error(found, expected) < 2e-6
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak of /proc/self/status")
+@pytest.mark.skipif(native._C is None, reason=f"native: {native.status()}")
+def test_a_mask_of_keys_stays_one():
+    """Nothing of size Lq x Lk exists: that would be 256 MiB."""
+    code = """
+        import torch, fastattn
+
+        def call(L):
+            q = torch.zeros(1, 1, L, 8)
+            offsets = torch.arange(0, L + 1, 512, dtype=torch.int32)
+            fastattn.attention(q, q, q, mask=torch.arange(L) % 7 > 0, cu_seqlens_q=offsets)
+
+        def peak():
+            return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+
+        torch.set_num_threads(1)
+        call(512)
+        open("/proc/self/clear_refs", "w").write("5")
+        before = peak()
+        call(2**14)
+        print((peak() - before) / 1024)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) <= 64
 
 
 @all_backends

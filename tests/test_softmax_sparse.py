@@ -7,6 +7,7 @@ import random
 import mask_cases
 import pytest
 import torch
+import torch._dynamo.testing
 from harness import BACKENDS, FP32, FP64, all_backends
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -217,6 +218,24 @@ def test_compile_does_not_break_on_masks(backend):
         for a, b in zip((out, *torch.autograd.grad(out, leaves, dout)), expected):
             assert max_error(a, b) < 1e-6
     assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("what", ("mask", "cu_seqlens"))
+def test_building_a_mask_is_not_compiled(what):
+    """One break of the graph, where the plan is built; a mask that is planned already needs none."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(fastattn.attention, backend=counter)
+    for n in (10, 20, 33):
+        q = torch.randn(1, 2, 100, 16)
+        options = {"mask": masks.causal() & masks.documents(torch.arange(100) // n)}
+        if what == "cu_seqlens":
+            options = {"cu_seqlens_q": torch.tensor([0, n, 100], dtype=torch.int32)}
+        assert max_error(compiled(q, q, q, **options), fastattn.attention(q, q, q, **options)) < 1e-6
+    assert counter.frame_count <= 2
+    if what == "mask":
+        whole = torch.compile(lambda q: fastattn.attention(q, q, q, **options), backend=counter, fullgraph=True)
+        assert max_error(whole(q), fastattn.attention(q, q, q, **options)) < 1e-6
 
 
 @pytest.mark.parametrize("backend", ("native", "eager"))

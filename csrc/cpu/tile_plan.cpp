@@ -30,26 +30,28 @@ uint64_t mask_word(const TensorView& mask, int64_t b, int64_t h, int64_t i, int6
     const char* row = mask.row(b, h, i);
     const uint64_t all = n == kTile ? ~uint64_t{0} : (uint64_t{1} << n) - 1;
     if (stride == 0) return *row ? all : 0;
-    uint64_t word = 0;
+    uint64_t hidden = 0;  // any byte but 0 is true
     if (stride == 1) {
         int64_t j = 0;
 #ifdef __SSE2__
         for (; j + 16 <= n; j += 16) {
             const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + j0 + j));
-            word |= static_cast<uint64_t>(_mm_movemask_epi8(_mm_slli_epi16(bytes, 7))) << j;  // bools are 0 or 1
+            const int zeros = _mm_movemask_epi8(_mm_cmpeq_epi8(bytes, _mm_setzero_si128()));
+            hidden |= static_cast<uint64_t>(zeros) << j;
         }
 #endif
         for (; j + 8 <= n; j += 8) {
             uint64_t bytes;
             std::memcpy(&bytes, row + j0 + j, 8);
-            // Bools are 0 or 1: the product collects bit 0 of each byte in the top byte.
-            word |= (bytes * 0x0102040810204080u >> 56) << j;
+            const uint64_t low = 0x7f7f7f7f7f7f7f7fu, zeros = ~(((bytes & low) + low) | bytes | low) >> 7;
+            // The product collects bit 0 of each byte in the top byte.
+            hidden |= (zeros * 0x0102040810204080u >> 56) << j;
         }
-        for (; j < n; ++j) word |= static_cast<uint64_t>(row[j0 + j] != 0) << j;
-        return word;
+        for (; j < n; ++j) hidden |= static_cast<uint64_t>(row[j0 + j] == 0) << j;
+        return all & ~hidden;
     }
-    for (int64_t j = 0; j < n; ++j) word |= static_cast<uint64_t>(row[(j0 + j) * stride] != 0) << j;
-    return word;
+    for (int64_t j = 0; j < n; ++j) hidden |= static_cast<uint64_t>(row[(j0 + j) * stride] == 0) << j;
+    return all & ~hidden;
 }
 
 const TileRun* find_run(const TilePlanView& plan, int64_t b, int64_t h, int64_t q_tile, int64_t tile) {

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 MAX_LENGTH = 2**31 - 65
 _PLANS = 16  # plans kept by a mask: a few lengths on a few devices
+_DEPTH = 100  # of nested &, | and ~, which are worked on by recursion
 _STRETCH = 2**15  # intervals or words that are in memory at once
 
 _kinds: dict[str, type[Mask]] = {}
@@ -38,6 +39,8 @@ class Mask:
         ours = cls.__module__.startswith(f"{__package__}.")
         if not cls.__name__.startswith("_") and (ours or cls.__name__ not in _kinds):
             _kinds[cls.__name__] = cls
+
+    _depth = 0
 
     # What a pattern defines.
 
@@ -71,7 +74,7 @@ class Mask:
     def to_dense(self, Lq: int, Lk: int) -> Tensor:
         """bool [batches, heads, Lq, Lk], True = visible. O(Lq Lk) memory: for tests and small sizes."""
         self._refuse(Lq, Lk)
-        with data.on_cpu():
+        with data.plainly():
             dense = torch.empty((*self.shape, Lq, Lk), dtype=torch.bool)
             for i0, i1, rows in self._stretches(Lq, Lk):
                 dense[:, :, i0:i1] = to_bool(rows)
@@ -81,12 +84,13 @@ class Mask:
         """The visible share of all (query, key) pairs, over batches and heads; 0 where there is no pair."""
         self._refuse(Lq, Lk)
         B, H = self.shape
-        visible = 0
-        with data.on_cpu():
+        pairs, visible = B * H * Lq * Lk, 0
+        if not pairs:
+            return 0.0
+        with data.plainly():
             for i0, i1, rows in self._stretches(Lq, Lk):
-                held = rows[0].shape[0] * rows[0].shape[1] * rows[0].shape[2]
-                visible += visible_keys(rows) * (B * H * (i1 - i0) // held)
-        return visible / (B * H * Lq * Lk) if B * H * Lq * Lk else 0.0
+                visible += visible_keys(rows) * (B * H * (i1 - i0) // rows[0].shape[:3].numel())
+        return visible / pairs
 
     def plan(self, Lq: int, Lk: int, tile: int = TILE, device: Union[str, torch.device] = "cpu") -> TilePlan:
         """The tiles a kernel visits (see `TilePlan`), kept for the lengths and devices used last. tile is 64.
@@ -95,16 +99,18 @@ class Mask:
         """
         if tile != TILE:
             raise ValueError(f"tile must be {TILE}, got {tile!r}")
-        plans, key = self._plans, (Lq, Lk, str(device))
-        plan = plans.get(key)
-        if plan is None:
-            self._refuse(Lq, Lk)
-            with data.plainly():
-                plan = plans.get((Lq, Lk, "cpu")) or build_plan(self._stretches(Lq, Lk), *self.shape, Lq, Lk)
-                plan = plan.to(device)
-            for oldest in list(plans)[: 1 + len(plans) - _PLANS]:
-                plans.pop(oldest, None)
-            plans[key] = plan
+        plan = self.__dict__.get("_plans", {}).get((Lq, Lk, str(device)))
+        return data.uncompiled(Mask._new_plan)(self, Lq, Lk, device) if plan is None else plan
+
+    def _new_plan(self, Lq: int, Lk: int, device: Union[str, torch.device]) -> TilePlan:
+        self._refuse(Lq, Lk)
+        plans = self._plans
+        with data.plainly():
+            plan = plans.get((Lq, Lk, "cpu")) or build_plan(self._stretches(Lq, Lk), *self.slices, Lq, Lk)
+            plan = plan.to(device)
+        for oldest in list(plans)[: 1 + len(plans) - _PLANS]:
+            plans.pop(oldest, None)
+        plans[Lq, Lk, str(device)] = plan
         return plan
 
     def picture(self, Lq: int, Lk: int, batch: int = 0, head: int = 0) -> str:
@@ -114,7 +120,7 @@ class Mask:
         return picture(self, Lq, Lk, batch, head)
 
     def plot(self, Lq: int, Lk: int, batch: int = 0, head: int = 0, ax: Optional[Axes] = None) -> Axes:
-        """Draws full, partial and empty tiles, the density in the title. Needs matplotlib: pip install fastattn[plot]."""
+        """Draws full, partial and empty tiles, and this slice's density. Needs matplotlib: pip install fastattn[plot]."""
         from .plot import plot
 
         return plot(self, Lq, Lk, batch, head, ax)
@@ -142,8 +148,11 @@ class Mask:
         names = {f.name for f in fields(cls)}
         if set(stored) != {"kind", *names}:
             raise ValueError(f"{stored['kind']} is stored with the keys {sorted(names)}, got {sorted(stored)}")
-        with data.on_cpu():
-            return cls(**{name: _decode(stored[name]) for name in names})
+        try:
+            with data.plainly():
+                return cls(**{name: _decode(stored[name]) for name in names})
+        except RecursionError:
+            raise ValueError(f"a stored mask nests up to {_DEPTH} deep") from None
 
     def __eq__(self, other: object) -> bool:
         """Equal expressions with equal data. Two expressions of the same pairs may differ."""
@@ -162,6 +171,11 @@ class Mask:
             values.pop()
         parts = [data.show(value) for value, _ in values]
         return f"{type(self).__name__}({', '.join(parts)})"
+
+    @cached_property
+    def slices(self) -> tuple[int, int]:
+        """`shape`, worked out once."""
+        return self.shape
 
     @cached_property
     def _plans(self) -> dict[tuple[int, int, str], TilePlan]:
@@ -190,6 +204,15 @@ def _joined(kind: type[Union[And, Or]], a: Mask, b: Mask) -> tuple[Mask, ...]:
     return (*(a.masks if isinstance(a, kind) else (a,)), *(b.masks if isinstance(b, kind) else (b,)))
 
 
+def _nest(mask: Mask, inner: tuple[Mask, ...]) -> None:
+    depth = 1 + max(m._depth for m in inner)
+    if depth > _DEPTH:
+        raise ValueError(
+            f"masks nest up to {_DEPTH} deep, each change between &, | and ~ counted; use dense or intervals"
+        )
+    object.__setattr__(mask, "_depth", depth)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class _Combined(Mask):
     """Of `masks`, whose batches and heads broadcast."""
@@ -199,15 +222,15 @@ class _Combined(Mask):
     def __post_init__(self) -> None:
         if not isinstance(self.masks, tuple) or not self.masks or not all(isinstance(m, Mask) for m in self.masks):
             raise TypeError(f"{type(self).__name__} takes masks, got {self.masks!r}")
-        for size, name in enumerate(("batches", "heads")):
-            found = sorted({mask.shape[size] for mask in self.masks} - {1})
+        _nest(self, self.masks)
+        for sizes, name in zip(zip(*(mask.slices for mask in self.masks)), ("batches", "heads")):
+            found = sorted(set(sizes) - {1})
             if len(found) > 1:
                 raise ValueError(f"masks of {' and '.join(map(str, found))} {name} do not broadcast: {self!r}")
 
     @property
     def shape(self) -> tuple[int, int]:
-        shapes = [mask.shape for mask in self.masks]
-        batches, heads = (next((s[d] for s in shapes if s[d] != 1), 1) for d in (0, 1))
+        batches, heads = (next((n for n in sizes if n != 1), 1) for sizes in zip(*(m.slices for m in self.masks)))
         return batches, heads
 
     def refuse_lengths(self, Lq: int, Lk: int) -> None:
@@ -261,6 +284,7 @@ class Not(Mask):
     def __post_init__(self) -> None:
         if not isinstance(self.mask, Mask):
             raise TypeError(f"Not takes a mask, got {self.mask!r}")
+        _nest(self, (self.mask,))
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -34,7 +34,7 @@ def from_dense(visible: Tensor) -> tuple[Mask, Report]:
     if whole.numel() == 0:
         return dense(visible), Report("empty", 0.0, None)
     step = TILE * max(1, _CHUNK // max(B * H * Lk, 1) // TILE)
-    with data.on_cpu():
+    with data.plainly():
         rows = [table_of(whole[:, :, i : i + step]) for i in range(0, Lq, step)]
     return recognise(rows, Lq, Lk)
 
@@ -61,11 +61,13 @@ def from_flash(
 
     Errors: TypeError, ValueError for sides below -1, and as `from_cu_seqlens`.
     """
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be a bool, it means bottom-right in flash-attn; got {causal!r}")
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise TypeError(f"window_size must be (left, right), got {window_size!r}")
     left, right = (None if data.whole("window_size", side, -1) == -1 else side for side in window_size)
     if cu_seqlens_q is not None:
-        return from_cu_seqlens(cu_seqlens_q, cu_seqlens_k, causal=bool(causal), window=(left, right))
+        return from_cu_seqlens(cu_seqlens_q, cu_seqlens_k, causal=causal, window=(left, right))
     if cu_seqlens_k is not None:
         raise ValueError("cu_seqlens_k without cu_seqlens_q")
     if (left, right) == (None, None):

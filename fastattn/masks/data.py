@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..checks import FAR
+
+F = TypeVar("F", bound=Callable[..., Any])
 Ints = Any  # a field given as an int tensor or a nested list of ints, a tensor from the constructor on
-
-
-def on_cpu() -> AbstractContextManager:
-    """Tensors made inside lie on the CPU, as masks do, whatever torch.set_default_device says."""
-    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 @contextmanager
 def plainly() -> Iterator[None]:
-    """Tensors made inside are ordinary ones: masks and plans outlive inference mode, transforms and dispatch modes."""
-    with torch.inference_mode(False), torch._C._DisableFuncTorch(), _disable_current_modes(), on_cpu():
-        yield
+    """Tensors made inside are ordinary ones, on the CPU by default: masks and plans outlive modes and transforms."""
+    with torch.inference_mode(False), torch._C._DisableFuncTorch(), _disable_current_modes():
+        with torch._C.DisableTorchFunction():  # a default device is a mode too
+            yield
+
+
+def uncompiled(function: F) -> F:
+    """`function`, which torch.compile does not trace but calls, breaking its graph: how a mask is built is no graph."""
+    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
 
 
 def owned(name: str, value: Any, dims: Sequence[int]) -> Tensor:
@@ -69,11 +73,13 @@ def bools(name: str, value: Any, dims: Sequence[int]) -> Tensor:
     return tensor
 
 
-def whole(name: str, value: Any, least: int) -> int:
+def whole(name: str, value: Any, least: int, most: int = FAR) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}")
     return value
 
 
@@ -137,14 +143,14 @@ def decode(value: Any) -> Any:
     empty = torch.empty(0, dtype=torch.uint8, device="cpu")
     flat = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else empty
     if dtype == torch.bool:
-        return ((flat[:, None] >> _bits()) & 1).flatten()[:size].bool().view(shape)
+        return ((flat[:, None] >> _bit_numbers()) & 1).flatten()[:size].bool().view(shape)
     return flat.view(dtype).view(shape)
 
 
 def _pack_bools(value: Tensor) -> Tensor:
     flat = torch.nn.functional.pad(value.reshape(-1), (0, -value.numel() % 8)).view(-1, 8)
-    return (flat.to(torch.uint8) << _bits()).sum(-1, dtype=torch.uint8)
+    return (flat.to(torch.uint8) << _bit_numbers()).sum(-1, dtype=torch.uint8)
 
 
-def _bits() -> Tensor:
+def _bit_numbers() -> Tensor:
     return torch.arange(8, dtype=torch.uint8, device="cpu")

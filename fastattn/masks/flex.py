@@ -26,6 +26,8 @@ def to_flex(mask: Mask, Lq: int, Lk: int, block_size: int, device: Union[str, to
     if data.whole("block_size", block_size, TILE) % TILE:
         raise ValueError(f"block_size must be a multiple of {TILE}, got {block_size}")
     plan = mask.plan(Lq, Lk, device=device)
+    if 0 in (Lq, Lk, plan.batches, plan.heads):
+        raise ValueError(f"a BlockMask needs pairs: {plan.batches} x {plan.heads} slices of {Lq} x {Lk} have none")
     partial, whole = _blocks(plan, block_size // TILE)
     return BlockMask.from_kv_blocks(
         *_listed(partial), *_listed(whole), BLOCK_SIZE=block_size, mask_mod=_mask_mod(plan), seq_lengths=(Lq, Lk)
@@ -81,31 +83,34 @@ def from_flex(block_mask: BlockMask) -> Mask:
     Lq, Lk = block_mask.seq_lengths
     if Lq == 0 or Lk == 0:
         raise ValueError(f"a BlockMask of lengths {Lq} x {Lk} has no pairs to convert")
-    return recognise(_rows_of_blocks(block_mask, Lq, Lk), Lq, Lk)[0]
+    return recognise(list(_rows_of_blocks(block_mask, Lq, Lk)), Lq, Lk)[0]
 
 
 def _rows_of_blocks(block_mask: BlockMask, Lq: int, Lk: int) -> Iterator[Rows]:
     """One block of queries after the other."""
     bq, bk = block_mask.BLOCK_SIZE
-    partial = _unlisted(block_mask.kv_num_blocks, block_mask.kv_indices)
+    partial = _unlisted("kv_indices", block_mask.kv_num_blocks, block_mask.kv_indices)
     whole = torch.zeros_like(partial)
     if block_mask.full_kv_num_blocks is not None and block_mask.full_kv_indices is not None:
-        whole = _unlisted(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
+        whole = _unlisted("full_kv_indices", block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
     for q in range(-(-Lq // bq)):
         visible = whole[:, :, q, :, None, None].repeat(1, 1, 1, bq, bk)
         ask = partial[:, :, q] & ~whole[:, :, q]
         visible[ask] = _asked(block_mask, ask.nonzero(), q, Lq, Lk)
         B, H, nk = visible.shape[:3]
         dense = visible.transpose(2, 3).reshape(B, H, bq, nk * bk)[:, :, : Lq - q * bq, :Lk]
-        with data.on_cpu():
+        with data.plainly():
             rows = table_of(dense.cpu())
         yield rows
 
 
-def _unlisted(count: Tensor, indices: Tensor) -> Tensor:
+def _unlisted(name: str, count: Tensor, indices: Tensor) -> Tensor:
     """bool [B, H, q blocks, k blocks] of a list of blocks."""
     n = indices.shape[-1]
     listed = torch.arange(n, device=indices.device) < count[..., None]
+    outside = indices[listed & ((indices < 0) | (indices >= n))]
+    if len(outside):
+        raise ValueError(f"{name} of the BlockMask lists block {int(outside[0])}, there are {n}")
     # What comes after the listed ones may be anything: it goes to a block that is cut off.
     blocks = torch.zeros(*indices.shape[:-1], n + 1, dtype=torch.bool, device=indices.device)
     blocks.scatter_(-1, indices.long().masked_fill(~listed, n), True)

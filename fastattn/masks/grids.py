@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Optional, Union
@@ -121,6 +122,7 @@ def longformer(left_right: Union[int, tuple[Side, Side]], tokens: data.Ints = ()
     """A sliding window, dilated by `step`, and global tokens (Beltagy et al. 2020)."""
     local = dilated(step, left_right)
     band = window(*local._sides) if step == 1 else local
+    tokens = data.integers("tokens", tokens, (1,))
     return band | global_tokens(tokens) if len(tokens) else band
 
 
@@ -197,7 +199,7 @@ class bigbird(Mask):
     def __post_init__(self) -> None:
         for name, least in (("block_size", 1), ("near", 0), ("global_blocks", 0), ("random_blocks", 0), ("heads", 1)):
             data.whole(name, getattr(self, name), least)
-        data.whole("seed", self.seed, 0)
+        data.whole("seed", self.seed, 0, 2**64 - 1)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -272,7 +274,7 @@ class neighborhood(Mask):
 
     @property
     def _points(self) -> int:
-        return torch.Size(self.grid).numel()
+        return math.prod(self.grid)
 
     def refuse_lengths(self, Lq: int, Lk: int) -> None:
         refuse_length(self, "Lq", Lq, self._points)

@@ -31,7 +31,8 @@ class full(Mask):
     """Every query sees every key."""
 
     def rows(self, Lq: int, Lk: int, i0: int, i1: int) -> Rows:
-        return interval(torch.zeros(1, 1, 1), torch.full((1, 1, 1), Lk), Lk)
+        end = torch.full((1, 1, 1), Lk)
+        return interval(torch.zeros_like(end), end, Lk)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -39,7 +40,8 @@ class empty(Mask):
     """No query sees any key: legal, attention gives zeros."""
 
     def rows(self, Lq: int, Lk: int, i0: int, i1: int) -> Rows:
-        return interval(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), Lk)
+        end = torch.zeros(1, 1, 1, dtype=torch.int64)
+        return interval(end, end, Lk)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -231,7 +233,7 @@ def dense(visible: Tensor) -> Mask:
     It fixes the lengths. `from_dense` looks for structure first. Errors: TypeError for other dtypes, ValueError.
     """
     visible = data.leading(data.bools("visible", visible, (2, 3, 4)), 2)
-    with data.on_cpu():
+    with data.plainly():
         return packed_bits(pack(visible).words, visible.shape[-1])
 
 

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from . import data
 from .plan_torch import plan_tensors
-from .rows import TILE, Rows, pack, unpack
+from .rows import TILE, Rows, pack, text, unpack
+
+REPR_LIMIT = 32  # lengths up to which a plan prints what the first batch and head see
 
 
 class TilePlan(NamedTuple):
@@ -87,10 +89,12 @@ class TilePlan(NamedTuple):
         return self.bits_of(self.tiles())[:, :, : self.Lq, : self.Lk].contiguous()
 
     def __repr__(self) -> str:
-        return (
+        sizes = (
             f"TilePlan({self.batches} x {self.heads}, Lq {self.Lq}, Lk {self.Lk}: {len(self.rows)} runs, "
             f"{len(self.words)} bit tiles, {self.nbytes} bytes on {self.rows.device})"
         )
+        small = max(self.Lq, self.Lk) <= REPR_LIMIT and type(self.rows) is Tensor and self.rows.is_cpu
+        return f"{sizes}\n{text(self.to_dense()[:1, :1].flatten(0, 2))}".rstrip() if small else sizes
 
 
 def _spread(counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,11 +124,18 @@ def plan_from_dense(visible: Tensor, Lq: int, Lk: int, native: bool = True) -> T
             return pack((visible[:, :, i : i + TILE] if own_rows else visible).expand(-1, -1, -1, Lk))
 
         stretches = ((i, min(i + TILE, Lq), rows(i)) for i in range(0, Lq, TILE))
-        with data.on_cpu():
+        with data.plainly():
             tensors = plan_tensors(stretches, B, H, Lq, Lk)
     else:
         tensors = core.plan_of_mask(visible, Lq, Lk)
     return _plan(tensors, B, H, Lq, Lk)
+
+
+def refuse_malformed(plan: TilePlan) -> None:
+    """ValueError or TypeError if reading it would go wrong; on other devices, or without a native core, nobody looks."""
+    core = _core()
+    if core is not None and (not isinstance(plan.rows, Tensor) or plan.rows.is_cpu):
+        core._C.check_plan(plan)
 
 
 def _plan(tensors: tuple[Tensor, ...], batches: int, heads: int, Lq: int, Lk: int) -> TilePlan:

@@ -22,7 +22,7 @@ def plan_tensors(
     for i0, i1, rows in stretches:
         for s in range(batches * heads):
             for i in range(i0, i1, TILE):
-                own = _queries(rows, s // heads, s % heads, i - i0, min(i1, i + TILE) - i0)
+                own = of_slice(rows, s // heads, s % heads, i - i0, min(i1, i + TILE) - i0)
                 full, partial, words = _tiles_of_intervals(own) if isinstance(own, Intervals) else _tiles_of_words(own)
                 kinds[s, i // TILE, full] = FULL
                 repeated = words[torch.arange(TILE).clamp(max=len(words) - 1)]
@@ -38,7 +38,7 @@ def plan_tensors(
     return row_start, rows_, column_start, columns, words[first_seen], row_order, column_order
 
 
-def _queries(rows: Rows, b: int, h: int, r0: int, r1: int) -> Rows:
+def of_slice(rows: Rows, b: int, h: int, r0: int, r1: int) -> Rows:
     """Rows r0 .. r1 - 1 of one batch and head, without leading dimensions; one row where all are equal."""
 
     def cut(t: Tensor) -> Tensor:

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Optional
 import torch
 from torch import Tensor
 
+from . import data
 from .plan import TilePlan
-from .rows import TILE, unpack
+from .plan_torch import of_slice
+from .rows import TILE, text, unpack, visible_keys
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +29,7 @@ def picture(mask: Mask, Lq: int, Lk: int, batch: int, head: int) -> str:
     if max(Lq, Lk) > PICTURE_LIMIT:
         raise ValueError(f"a text picture takes lengths up to {PICTURE_LIMIT}, got {Lq} x {Lk}; use plot")
     visible = mask.to_dense(Lq, Lk)[_slice(mask, batch, head)]
-    return "\n".join("".join("#" if seen else "." for seen in row) for row in visible.tolist())
+    return text(visible)
 
 
 def plot(mask: Mask, Lq: int, Lk: int, batch: int, head: int, ax: Optional[Axes]) -> Axes:
@@ -43,12 +45,18 @@ def plot(mask: Mask, Lq: int, Lk: int, batch: int, head: int, ax: Optional[Axes]
     image = _image(plan, plan.tiles()[at], by_token=max(Lq, Lk) <= TOKEN_LIMIT)
     if ax is None:
         ax = pyplot.subplots(figsize=(4.8, 4.8), layout="constrained")[1]
-    ax.imshow(
-        image.tolist(), cmap=ListedColormap(COLOURS), vmin=0, vmax=FULL, extent=(0, Lk, Lq, 0), interpolation="nearest"
-    )
+    if image.numel():
+        ax.imshow(
+            image.tolist(),
+            cmap=ListedColormap(COLOURS),
+            vmin=0,
+            vmax=FULL,
+            extent=(0, Lk, Lq, 0),
+            interpolation="nearest",
+        )
     ax.set_xlabel("key")
     ax.set_ylabel("query")
-    ax.set_title(f"{mask!r}\ndensity {mask.density(Lq, Lk):.3g}", fontsize=9, wrap=True)
+    ax.set_title(f"{mask!r}\ndensity {_density(mask, Lq, Lk, *at):.3g}", fontsize=9, wrap=True)
     drawn = image.unique().tolist()
     handles = [Patch(facecolor=COLOURS[kind], edgecolor="#999999", label=LABELS[kind]) for kind in drawn]
     ax.legend(handles=handles, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=4, frameon=False)
@@ -57,9 +65,19 @@ def plot(mask: Mask, Lq: int, Lk: int, batch: int, head: int, ax: Optional[Axes]
 
 def _slice(mask: Mask, batch: int, head: int) -> tuple[int, int]:
     for name, index, size in zip(("batch", "head"), (batch, head), mask.shape):
-        if not 0 <= index < max(size, 1):
-            raise ValueError(f"{name} must be in 0 .. {size - 1}, got {index}")
+        if data.whole(name, index, 0) >= size:
+            raise ValueError(f"{name} must be in 0 .. {size - 1}, got {index}" if size else f"the mask has no {name}")
     return batch, head
+
+
+def _density(mask: Mask, Lq: int, Lk: int, batch: int, head: int) -> float:
+    """The visible share of the pairs of one slice."""
+    visible = 0
+    with data.plainly():
+        for i0, i1, rows in mask._stretches(Lq, Lk):
+            own = of_slice(rows, batch, head, 0, i1 - i0)
+            visible += visible_keys(own) * ((i1 - i0) // len(own[0]))
+    return visible / max(Lq * Lk, 1)
 
 
 def _image(plan: TilePlan, kinds: Tensor, by_token: bool) -> Tensor:

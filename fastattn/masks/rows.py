@@ -170,7 +170,7 @@ def low_bits(n: Tensor) -> Tensor:
 
 def all_keys(Lk: int) -> Tensor:
     """Words of a row that sees every key: int64 [ceil(Lk / 64)]."""
-    return low_bits((Lk - 64 * torch.arange(-(-Lk // 64))).clamp(max=64))
+    return low_bits((Lk - 64 * torch.arange(-(-Lk // 64), device="cpu")).clamp(max=64))
 
 
 def to_words(a: Rows) -> Words:
@@ -204,6 +204,11 @@ def unpack(words: Tensor, Lk: int) -> Tensor:
 def to_bool(a: Rows) -> Tensor:
     """bool [B|1, H|1, rows|1, Lk]."""
     return unpack(to_words(a).words, a.Lk)
+
+
+def text(visible: Tensor) -> str:
+    """bool [Lq, Lk] as one line per query: '#' visible, '.' hidden."""
+    return "\n".join("".join("#" if seen else "." for seen in row) for row in visible.tolist())
 
 
 def visible_keys(a: Rows) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Union
+from typing import NamedTuple, Union
 
 import torch
 from torch import Tensor
@@ -58,13 +58,13 @@ class documents(Mask):
         refuse_length(self, "Lk", Lk, k.shape[-1])
 
     def interval_bound(self, Lq: int, Lk: int) -> int:
-        return max((lo.shape[1] for _, lo, _ in self._pieces), default=1)
+        return max([1, *(int(pieces.many.max()) for pieces in self._pieces if len(pieces.many))])
 
     @cached_property
-    def _pieces(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """For each slice: where runs of equal query ids start [n], and the key intervals of each run [n, R]."""
+    def _pieces(self) -> list[_Pieces]:
+        """Of each slice."""
         q, k = self._ids
-        return [_runs_and_intervals(ids_q, ids_k) for ids_q, ids_k in zip(q.flatten(0, 1), k.flatten(0, 1))]
+        return [_pieces(ids_q, ids_k) for ids_q, ids_k in zip(q.flatten(0, 1), k.flatten(0, 1))]
 
     def rows(self, Lq: int, Lk: int, i0: int, i1: int) -> Rows:
         q, k = self._ids
@@ -73,10 +73,11 @@ class documents(Mask):
             return pack(q[:, :, i0:i1, None] == k[:, :, None])
         i = torch.arange(i0, i1)
         bounds = torch.full((2, len(self._pieces), len(i), most), Lk, dtype=torch.int32)
-        for s, (starts, lo, hi) in enumerate(self._pieces):
-            run = torch.searchsorted(starts, i, right=True) - 1
-            bounds[0, s, :, : lo.shape[1]] = lo[run]
-            bounds[1, s, :, : hi.shape[1]] = hi[run]
+        for s, pieces in enumerate(self._pieces):
+            run = torch.searchsorted(pieces.starts, i, right=True) - 1
+            place = torch.arange(most)
+            used = place < pieces.many[run, None]
+            bounds[:, s, used] = pieces.bounds[:, (pieces.first[run, None] + place)[used]]
         lo, hi = bounds.view(2, *q.shape[:2], len(i), most)
         return compact(lo, hi, Lk)
 
@@ -89,22 +90,23 @@ def _runs(ids: Tensor) -> tuple[Tensor, Tensor]:
     return starts, ids[starts]
 
 
-def _runs_and_intervals(ids_q: Tensor, ids_k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+class _Pieces(NamedTuple):
+    """Run r of equal query ids begins at starts[r] and sees many[r] key intervals, from bounds[:, first[r]] on."""
+
+    starts: Tensor
+    first: Tensor
+    many: Tensor
+    bounds: Tensor  # int32 [2, pieces]: lo, hi
+
+
+def _pieces(ids_q: Tensor, ids_k: Tensor) -> _Pieces:
     starts_q, of_q = _runs(ids_q)
     starts_k, of_k = _runs(ids_k)
     ends_k = torch.cat((starts_k[1:], torch.tensor([len(ids_k)])))[: len(starts_k)]
     of_k, order = of_k.sort(stable=True)
-    known, pieces = of_k.unique_consecutive(return_counts=True)
-    before = pieces.cumsum(0) - pieces
-    rank = torch.arange(len(of_k)) - before.repeat_interleave(pieces)
-    row = torch.arange(len(known)).repeat_interleave(pieces)
-    # One row more, empty, for ids that no key has.
-    table = torch.full((2, len(known) + 1, max(int(pieces.max()), 1) if len(pieces) else 1), len(ids_k))
-    table[0, row, rank], table[1, row, rank] = starts_k[order], ends_k[order]
-    at = torch.searchsorted(known, of_q).clamp(max=max(len(known) - 1, 0))
-    at[known[at] != of_q if len(known) else slice(None)] = len(known)
-    lo, hi = table.to(torch.int32)
-    return starts_q, lo[at], hi[at]
+    first = torch.searchsorted(of_k, of_q)
+    many = torch.searchsorted(of_k, of_q, right=True) - first
+    return _Pieces(starts_q, first, many, torch.stack((starts_k, ends_k)).to(torch.int32)[:, order])
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -13,7 +13,8 @@ from ..autograd import autocast, full_precision, transformed, unobserved
 from ..dispatch import BACKENDS, Explanation, select
 from ..dispatch import explain as explain_call
 from ..masks import Mask, TilePlan
-from ..masks.plan import plan_from_dense
+from ..masks.data import uncompiled
+from ..masks.plan import plan_from_dense, refuse_malformed
 from ..params import SoftmaxCall, SoftmaxParams, SoftmaxTensors, accumulate_dtype
 from .softmax_autograd import attend, attend_without_gradient
 from .softmax_packed import packed_plan
@@ -189,11 +190,15 @@ def _extras(x, params, mask, bias, slopes, sinks, cu_q, cu_k) -> tuple[SoftmaxTe
     target = (B, Hq, Lq, Lk)
     plan = diagonal = None
     if cu_q is not None or cu_k is not None:
-        plan, diagonal, params = packed_plan(cu_q, cu_k, mask, x, params, slopes is not None)
+        plan, diagonal, params = uncompiled(packed_plan)(cu_q, cu_k, mask, x, params, slopes is not None)
         mask = None
-    elif isinstance(mask, (Mask, TilePlan)):
-        plan = checks.tile_plan(mask if isinstance(mask, TilePlan) else mask.plan(Lq, Lk), target, q.device)
-        mask = None
+    elif isinstance(mask, TilePlan):
+        if not transformed() and unobserved(*(t for t in mask if isinstance(t, Tensor))):
+            refuse_malformed(mask)
+        plan, mask = checks.tile_plan(mask, target, q.device), None
+    elif isinstance(mask, Mask):
+        checks.slices(mask.slices, target)
+        plan, mask = mask.plan(Lq, Lk, device=q.device), None
     return x._replace(
         bias=None if bias is None else checks.float_bias(bias, q, target),
         slopes=None if slopes is None else checks.alibi_slopes(slopes, B, Hq, q.device).to(wide),

@@ -43,12 +43,23 @@ def packed_plan(
     visible: Mask = masks.from_cu_seqlens(cu_q, cu_k, causal, sides)
     if mask is not None:
         if not isinstance(mask, Mask):
-            mask = masks.dense(checks.bool_mask(mask, (B, Hq, Lq, Lk), x.q.device).expand(-1, -1, Lq, Lk).cpu())
+            mask = masks.dense(
+                _own_part(checks.bool_mask(mask, (B, Hq, Lq, Lk), x.q.device)).expand(-1, -1, -1, Lk).cpu()
+            )
         visible = visible & mask
-    plan = checks.tile_plan(visible.plan(Lq, Lk), (B, Hq, Lq, Lk), x.q.device)
+    checks.slices(visible.slices, (B, Hq))
+    plan = visible.plan(Lq, Lk).to(x.q.device)
     params = params._replace(causal=CAUSAL_NONE, window_left=None, window_right=None)
     if not with_diagonal:
         return plan, None, params
     # Sequences are aligned at their ends: key j is at distance 0 from query i where j = i + diagonal[i].
     diagonal = torch.repeat_interleave(cu_k[1:] - cu_q[1:], cu_q.diff())
     return plan, diagonal.to(x.q.device, torch.int32), params
+
+
+def _own_part(mask: Tensor) -> Tensor:
+    """A mask [B, Hq, Lq, Lk] with 1 batch, head or query where it repeats one."""
+    for dim in range(3):
+        if mask.stride(dim) == 0 and mask.shape[dim] > 1:
+            mask = mask.narrow(dim, 0, 1)
+    return mask
