@@ -51,7 +51,7 @@ def transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def unobserved(*tensors: Optional[Tensor]) -> bool:
@@ -64,7 +64,7 @@ def unobserved(*tensors: Optional[Tensor]) -> bool:
     ):
         return False
     for t in tensors:
-        if t is not None and (type(t) not in _PLAIN or t.is_neg()):
+        if t is not None and (type(t) not in PLAIN or t.is_neg()):
             return False
     return True
 

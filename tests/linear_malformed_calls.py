@@ -49,6 +49,10 @@ expect(r"feature_map.*'taylor2'.*'softmax'", public_feature_map=attend(feature_m
 # And more: gates.
 expect(r"decay.*finite", public_decay_nan=attend(decay=G + NAN), public_decay_inf=attend(decay=G - INF))
 expect(r"decay.*<= 0.*e-07", public_decay_barely_positive=attend(decay=G + 1e-6))
+for wanted in (False, True):  # a parameter is checked like any other tensor
+    gate, share = (torch.nn.Parameter(t, requires_grad=wanted) for t in (torch.full((2,), 0.5), BETA + 1.5))
+    expect(r"decay.*<= 0.*0\.5", **{f"public_decay_parameter_{wanted}": attend(decay=gate)})
+    expect(r"beta.*2\.5", **{f"public_beta_parameter_{wanted}": attend(feature_map="identity", beta=share)})
 expect(r"decay \[2, 2, 4\].*\[2\].*\[2, 2, 5\].*\[2, 2, 5, 8\]", public_decay_shape=attend(decay=G[..., :4]))
 expect(r"decay \[2, 4, 5\]", public_decay_of_query_heads=attend(decay=torch.zeros(2, 4, 5)))
 expect(r"decay \[1, 2, 5\]", public_decay_batch=attend(decay=G[:1]))
