@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 if TYPE_CHECKING:
     from .masks.plan import TilePlan
@@ -174,6 +175,12 @@ class LinearTensors(NamedTuple):
     def state_shape(self, feature_map: str) -> tuple[int, int, int, int]:
         """[N, Hs, F, Dv]."""
         return self.sequences, self.state_heads, feature_rows(feature_map, self.k.shape[3]), self.v.shape[3]
+
+    def state_was_written(self) -> None:
+        """Tells autograd, which does not see what a kernel writes: whoever saved the state before may not use it now."""
+        for t in (self.kv, self.z):
+            if t is not None:
+                increment_version(t)
 
 
 LINEAR_DIFFERENTIABLE: tuple[str, ...] = LinearTensors._fields[:7]

@@ -159,6 +159,23 @@ def test_refuses_gradients(name, backend):
     assert not torch.equal(x.kv, inputs.kv)
 
 
+@all_backends
+@pytest.mark.parametrize("options", [{}, DELTA], ids=str)
+def test_autograd_knows_that_the_state_was_written(options, backend):
+    """Whoever saved it for a gradient is told, as after any edit in place."""
+    case = LinearCase(L=1, state=True, **options)
+    inputs = make(case, FP32)
+    need(backend, inputs, **case.options())
+    for name in ("kv",) if inputs.z is None else ("kv", "z"):
+        state = state_of(inputs, case)
+        factor = torch.ones((), device=DEVICE, requires_grad=True)
+        product = factor * getattr(state, name)
+        with torch.no_grad():
+            steps(inputs, case, backend, state)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.sum().backward()
+
+
 def test_refusals_leave_the_state_alone():
     inputs = make(LinearCase(L=1, state=True), FP32)
     state = LinearState(inputs.kv.clone(), inputs.z.clone())

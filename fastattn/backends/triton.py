@@ -159,4 +159,5 @@ def linear_step(x: LinearTensors, params: LinearParams):
 
     out = x.empty_out()
     step(x, params, out, LINEAR_EPS)
+    x.state_was_written()
     return out
