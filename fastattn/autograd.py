@@ -55,7 +55,7 @@ PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def unobserved(*tensors: Optional[Tensor]) -> bool:
-    """Whether no tracing, dispatch mode, profiler or subclass wants to see the op: outside of transforms it may be skipped."""
+    """Whether nothing asks for the op, outside of transforms it may be skipped: tracing, mode, profiler, subclass, meta."""
     if (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
@@ -64,15 +64,20 @@ def unobserved(*tensors: Optional[Tensor]) -> bool:
     ):
         return False
     for t in tensors:
-        if t is not None and (type(t) not in PLAIN or t.is_neg()):
+        if t is not None and (type(t) not in PLAIN or t.is_neg() or t.is_meta):
             return False
     return True
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on; "meta" and others have none, and torch's own question raises there."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Casts floating tensors to the autocast dtype of their device where autocast is on, as torch's own sdpa does."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocasts(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
@@ -84,7 +89,7 @@ _NOTHING: AbstractContextManager = nullcontext()
 def full_precision(t: Tensor) -> AbstractContextManager:
     """Autocast off where it is on: a backend's own products keep the dtype it chose."""
     device = t.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
+    return torch.autocast(device, enabled=False) if autocasts(device) else _NOTHING
 
 
 class RefuseGradient(torch.autograd.Function):

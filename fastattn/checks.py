@@ -147,6 +147,8 @@ def sinks(sinks: Tensor, Hq: int, device: torch.device) -> Tensor:
 def cu_seqlens(name: str, starts: Tensor, of: str, L: int) -> Tensor:
     """int64 on the CPU, where masks are built."""
     sequence_ends(name, starts)
+    if starts.is_meta:
+        raise ValueError(f"{name} is on meta, but its values say what is visible; pass it on the CPU")
     starts = starts.detach().to("cpu", torch.int64)
     rising_ends(name, starts, of, L)
     return starts

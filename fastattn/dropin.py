@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from .autograd import autocasts
 from .checks import shapes
 from .dispatch import check_name
 from .ops.softmax import attention, plain_attention
@@ -77,7 +78,7 @@ def _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) -> No
     if min(ranks) < 2 or max(ranks) > 5:
         raise RuntimeError(f"query, key and value must have 2 to 5 dimensions: {_sizes(query, key, value)}")
     if query.dtype != key.dtype or query.dtype != value.dtype:
-        if not torch.is_autocast_enabled(query.device.type):
+        if not autocasts(query.device.type):
             raise RuntimeError(
                 f"query, key and value must share one dtype: {query.dtype}, {key.dtype}, {value.dtype} ({_sizes(query, key, value)})"
             )
@@ -148,7 +149,7 @@ def _split_mask(attn_mask, q, k, lead):
     if attn_mask is None:
         return None, None
     if attn_mask.dtype != torch.bool and attn_mask.dtype not in (q.dtype, torch.float32):
-        if not (torch.is_autocast_enabled(q.device.type) and attn_mask.is_floating_point()):
+        if not (autocasts(q.device.type) and attn_mask.is_floating_point()):
             raise RuntimeError(
                 f"attn_mask must be bool, {q.dtype} or float32, got {attn_mask.dtype} {list(attn_mask.shape)}"
             )

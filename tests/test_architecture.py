@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "fastattn.dispatch": ("params", "backends"),
     "fastattn.ops": ("params", "checks", "autograd", "dispatch", "eager", "masks", "ops"),
     "fastattn.nn": ("params", "ops"),
-    "fastattn.dropin": ("params", "checks", "dispatch", "ops"),
+    "fastattn.dropin": ("params", "checks", "autograd", "dispatch", "ops"),
     "fastattn.testing": ("params", "philox", "reference", "testing"),
 }
 
