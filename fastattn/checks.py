@@ -26,14 +26,21 @@ def _is_dense(t: Tensor) -> bool:
     return t.dim() == 4 and t.layout is torch.strided and not t.is_nested
 
 
+def dense(name: str, t: Tensor) -> None:
+    if t.is_nested:
+        raise TypeError(
+            f"{name} must be a dense strided tensor, got a nested one; pad it with torch.nested.to_padded_tensor, or lay "
+            "its sequences end to end and pass cu_seqlens"
+        )
+    if t.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense strided tensor, got layout {t.layout}; convert it with .to_dense()")
+
+
 def _refuse_type(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
-        if t.layout != torch.strided or t.is_nested:
-            raise TypeError(
-                f"{name} must be a dense strided tensor, got layout {t.layout}; convert it with .to_dense()"
-            )
+        dense(name, t)
         if t.dim() != 4:
             raise ValueError(
                 f"{name} must have 4 dimensions [batch, heads, length, head_dim], got {name} {list(t.shape)}; "
@@ -84,8 +91,7 @@ def same_sizes(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def broadcastable(name: str, t: Tensor, target: tuple[int, ...], device: torch.device) -> Tensor:
     """t with leading 1s added up to four dimensions, each 1 or that of target [B, Hq, Lq, Lk]."""
-    if t.layout != torch.strided or t.is_nested:
-        raise TypeError(f"{name} must be a dense strided tensor, got layout {t.layout}")
+    dense(name, t)
     if t.device != device:
         raise ValueError(f"{name} is on {t.device} but q is on {device}; move it with .to(q.device)")
     if t.dim() > 4:
@@ -127,6 +133,7 @@ def _per_head(name: str, t: Tensor, shapes: tuple[tuple[int, ...], ...], device:
     wanted = " or ".join(map(str, map(list, shapes)))
     if not isinstance(t, Tensor) or not t.is_floating_point():
         raise TypeError(f"{name} must be a floating point tensor {wanted}, got {getattr(t, 'dtype', type(t).__name__)}")
+    dense(name, t)
     if t.device != device:
         raise ValueError(f"{name} is on {t.device} but q is on {device}; move it with .to(q.device)")
     if tuple(t.shape) not in shapes:
@@ -159,6 +166,7 @@ def sequence_ends(name: str, starts: Tensor) -> None:
         raise TypeError(
             f"{name} must be an int32 tensor [sequences + 1], got {getattr(starts, 'dtype', type(starts).__name__)}"
         )
+    dense(name, starts)
     if starts.dim() != 1 or len(starts) < 1:
         raise ValueError(f"{name} must be [sequences + 1], got {list(starts.shape)}")
 

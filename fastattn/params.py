@@ -92,6 +92,11 @@ FEATURE_MAPS = ("identity", "relu", "elu1", "taylor1", "taylor2")
 LINEAR_EPS = 1e-6  # the least denominator of a normalised output
 
 
+def known_map(feature_map: Any) -> None:
+    if feature_map not in FEATURE_MAPS:
+        raise ValueError(f"feature_map must be one of {', '.join(map(repr, FEATURE_MAPS))}, got {feature_map!r}")
+
+
 def feature_rows(feature_map: str, D: int) -> int:
     """F, the features of a key of D numbers."""
     return {"taylor1": 1 + D, "taylor2": 1 + D + D * D}.get(feature_map, D)
@@ -114,6 +119,7 @@ class LinearState(NamedTuple):
         feature_map: str = "elu1", normalize: Optional[bool] = None, dtype: torch.dtype = torch.float32, device=None,
     ) -> LinearState:  # fmt: skip
         """The state before the first token of a call with these options."""
+        known_map(feature_map)
         kv = torch.zeros(N, H, feature_rows(feature_map, D), Dv, dtype=dtype, device=device)
         return LinearState(kv, kv.new_zeros(kv.shape[:3]) if normalized(feature_map, normalize) else None)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import checks
 from ..autograd import PLAIN, transformed
-from ..params import FEATURE_MAPS, LinearParams, LinearTensors, accumulate_dtype, normalized
+from ..params import LinearParams, LinearTensors, accumulate_dtype, known_map, normalized
 
 
 def qkv(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
@@ -36,8 +36,7 @@ def qkv(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
 
 
 def params(feature_map, causal, normalize, scale, chunk_size, beta, D: int) -> LinearParams:
-    if feature_map not in FEATURE_MAPS:
-        raise ValueError(f"feature_map must be one of {', '.join(map(repr, FEATURE_MAPS))}, got {feature_map!r}")
+    known_map(feature_map)
     for name, value in (("causal", causal), ("normalize", normalize)):
         if not isinstance(value, bool) and not (name == "normalize" and value is None):
             raise TypeError(f"{name} must be a bool{' or None' * (name == 'normalize')}, got {value!r}")
@@ -71,8 +70,12 @@ def _values_visible(t: Tensor) -> bool:
 
 
 def _floats(name: str, t: Any, q: Tensor) -> Tensor:
-    if not isinstance(t, Tensor) or not t.is_floating_point():
-        raise TypeError(f"{name} must be a floating point tensor, got {getattr(t, 'dtype', type(t).__name__)}")
+    if not isinstance(t, Tensor) or t.dtype not in checks.FLOAT_DTYPES:
+        raise TypeError(
+            f"{name} must be a floating point tensor, got {getattr(t, 'dtype', type(t).__name__)}; float32, bfloat16, "
+            "float16 and float64 are taken"
+        )
+    checks.dense(name, t)
     if t.device != q.device:
         raise ValueError(f"{name} is on {t.device} but q is on {q.device}; move it with .to(q.device)")
     return t
@@ -138,6 +141,7 @@ def key_mask(mask: Any, x: LinearTensors, call: LinearParams) -> Tensor:
         raise TypeError(
             f"key_mask must be a bool tensor (True = takes part), got {getattr(mask, 'dtype', type(mask).__name__)}"
         )
+    checks.dense("key_mask", mask)
     if mask.device != x.q.device:
         raise ValueError(f"key_mask is on {mask.device} but q is on {x.q.device}; move it with .to(q.device)")
     if mask.shape != (x.k.shape[0], x.k.shape[2]):
@@ -174,6 +178,7 @@ def state(given: Any, x: LinearTensors, call: LinearParams) -> tuple[Tensor, Opt
             raise TypeError(
                 f"the state must be a LinearState{' with kv and z' * call.normalize}, got {part} {type(t).__name__}"
             )
+        checks.dense(f"state.{part}", t)
         if t.shape != size:
             raise ValueError(
                 f"state.{part} {list(t.shape)} must be {list(size)}: sequences, heads, features of {call.feature_map!r}"
