@@ -90,6 +90,19 @@ def test_constant_gates(values, backend):
         compare(attend(inputs, backend, **case.options()), expected, FP32)
 
 
+@fast_backends
+@pytest.mark.parametrize("through", ["out", "kv"])
+@pytest.mark.parametrize("options", [{"feature_map": "identity"}, DELTA], ids=("identity", "delta"))
+def test_the_promise_for_a_fast_constant_gate(options, through, backend):
+    """Its gradient sums what every token leaves: an error that tokens share counts once for each."""
+    case = LinearCase(B=1, Hq=48, Hk=48, Hv=48, L=128, D=32, Dv=32, decay="h", **options)
+    inputs = make(case, FP32)
+    unused = {"kv": "dout", "out": "dkv"}[through]
+    inputs = inputs._replace(**{"decay": torch.full_like(inputs.decay, -0.5), unused: 0 * getattr(inputs, unused)})
+    golden = attend(cast(inputs, FP64), "eager", **case.options()).ddecay
+    assert rms_ratio(attend(inputs, backend, **case.options()).ddecay, golden) <= RMS[FP32]
+
+
 @all_backends
 @pytest.mark.parametrize("options", [{}, DELTA], ids=("elu1", "delta"))
 def test_a_gate_of_one_is_no_gate(options, backend):
