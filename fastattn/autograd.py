@@ -54,14 +54,18 @@ def transformed() -> bool:
 PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
-def unobserved(*tensors: Optional[Tensor]) -> bool:
-    """Whether nothing asks for the op, outside of transforms it may be skipped: tracing, mode, profiler, subclass, meta."""
-    if (
+def traced() -> bool:
+    """Whether calls are recorded, or run on tensors without values: compiling, tracing, a dispatch mode."""
+    return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() != 0
-        or torch.autograd._profiler_enabled()
-    ):
+    )
+
+
+def unobserved(*tensors: Optional[Tensor]) -> bool:
+    """Whether nothing asks for the op, outside of transforms it may be skipped: tracing, mode, profiler, subclass, meta."""
+    if traced() or torch.autograd._profiler_enabled():
         return False
     for t in tensors:
         if t is not None and (type(t) not in PLAIN or t.is_neg() or t.is_meta):
@@ -70,8 +74,8 @@ def unobserved(*tensors: Optional[Tensor]) -> bool:
 
 
 def autocasts(device: str) -> bool:
-    """Whether autocast is on; "meta" and others have none, and torch's own question raises there."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    """Whether autocast is on; meta tensors have none, and torch's own question raises there."""
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..autograd import PLAIN, transformed
+from ..autograd import PLAIN, traced, transformed
 from ..params import LinearParams, LinearTensors, accumulate_dtype, known_map, normalized
 
 
@@ -66,7 +66,7 @@ def _chunk_size(size: Any) -> Optional[int]:
 
 def _values_visible(t: Tensor) -> bool:
     """Whether a look at the values costs no wait for a device and no graph break."""
-    return t.is_cpu and t.numel() > 0 and not transformed() and not torch.compiler.is_compiling() and type(t) in PLAIN
+    return t.is_cpu and t.numel() > 0 and not transformed() and not traced() and type(t) in PLAIN
 
 
 def _floats(name: str, t: Any, q: Tensor) -> Tensor:
