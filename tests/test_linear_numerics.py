@@ -295,6 +295,26 @@ def test_elu1_far_from_zero(value, backend):
         assert all(x is None or x.isfinite().all() for x in result)
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"feature_map": "taylor1"}, {"feature_map": "taylor2"}, {"decay": "bhl"}, {"feature_map": "identity", "decay": "bhld"},
+     DELTA, {**DELTA, "decay": "bhl"}, {**DELTA, "decay": "bhld"}],
+    ids=str,
+)  # fmt: skip
+def test_no_row_reads_a_later_token(options, value, backend):
+    """Whatever it holds: padding may be NaN. Eager and triton multiply later tokens by 0."""
+    case = LinearCase(L=70, D=8, state=True, **options)
+    inputs = make(case, FP32)
+    padded = inputs._replace(**{n: getattr(inputs, n).clone() for n in "qkv"})
+    for t in padded[:3]:
+        t[:, :, 37:] = value
+    need(backend, inputs, **case.options())
+    expected, found = (attend(x, backend, grad=False, **case.options()).out for x in (inputs, padded))
+    assert torch.equal(found[:, :, :37], expected[:, :, :37])
+
+
 @fast_backends
 @pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize("decay", [None, "bhl", "bhld"])
