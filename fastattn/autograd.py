@@ -65,28 +65,37 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
         raise NotImplementedError(message) from error
 
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
-def unobserved(*tensors: Optional[Tensor]) -> bool:
-    """Whether no tracing, dispatch mode, profiler or subclass wants to see the op: outside of transforms it may be skipped."""
-    if (
+def traced() -> bool:
+    """Whether calls are recorded, or run on tensors without values: compiling, tracing, a dispatch mode."""
+    return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() != 0
-        or torch.autograd._profiler_enabled()
-    ):
+    )
+
+
+def unobserved(*tensors: Optional[Tensor]) -> bool:
+    """Whether nothing asks for the op, outside of transforms it may be skipped: tracing, mode, profiler, subclass, meta."""
+    if traced() or torch.autograd._profiler_enabled():
         return False
     for t in tensors:
-        if t is not None and (type(t) not in _PLAIN or t.is_neg()):
+        if t is not None and (type(t) not in PLAIN or t.is_neg() or t.is_meta):
             return False
     return True
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on; meta tensors have none, and torch's own question raises there."""
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Casts floating tensors to the autocast dtype of their device where autocast is on, as torch's own sdpa does."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocasts(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
@@ -98,7 +107,7 @@ _NOTHING: AbstractContextManager = nullcontext()
 def full_precision(t: Tensor) -> AbstractContextManager:
     """Autocast off where it is on: a backend's own products keep the dtype it chose."""
     device = t.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
+    return torch.autocast(device, enabled=False) if autocasts(device) else _NOTHING
 
 
 class RefuseGradient(torch.autograd.Function):

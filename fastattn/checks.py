@@ -30,7 +30,10 @@ def _is_dense(t: Tensor) -> bool:
 
 def refuse_layout(name: str, t: Tensor, error: type[Exception] = TypeError) -> None:
     if t.is_nested:
-        raise error(f"{name} must be a dense tensor, got a nested one; pad it with torch.nested.to_padded_tensor")
+        raise error(
+            f"{name} must be a dense strided tensor, got a nested one; pad it with torch.nested.to_padded_tensor, or lay its "
+            "sequences end to end and pass cu_seqlens"
+        )
     if t.layout != torch.strided:
         raise error(f"{name} must be a dense strided tensor, got layout {t.layout}; convert it with .to_dense()")
 
@@ -188,7 +191,7 @@ def cu_seqlens(name: str, starts: Tensor, of: str, L: int) -> Tensor:
     """int64 on the CPU, where masks are built."""
     sequence_ends(name, starts)
     if starts.is_meta:
-        raise ValueError(f"{name} is on the meta device, which holds no offsets")
+        raise ValueError(f"{name} is on meta, but its values say what is visible; pass it on the CPU")
     starts = starts.detach().to("cpu", torch.int64)
     rising_ends(name, starts, of, L)
     return starts
@@ -199,6 +202,7 @@ def sequence_ends(name: str, starts: Tensor) -> None:
         raise TypeError(
             f"{name} must be an int32 tensor [sequences + 1], got {getattr(starts, 'dtype', type(starts).__name__)}"
         )
+    refuse_layout(name, starts)
     if starts.dim() != 1 or len(starts) < 1:
         raise ValueError(f"{name} must be [sequences + 1], got {list(starts.shape)}")
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 if TYPE_CHECKING:
     from .masks.plan import TilePlan
@@ -91,6 +92,11 @@ FEATURE_MAPS = ("identity", "relu", "elu1", "taylor1", "taylor2")
 LINEAR_EPS = 1e-6  # the least denominator of a normalised output
 
 
+def known_map(feature_map: Any) -> None:
+    if feature_map not in FEATURE_MAPS:
+        raise ValueError(f"feature_map must be one of {', '.join(map(repr, FEATURE_MAPS))}, got {feature_map!r}")
+
+
 def feature_rows(feature_map: str, D: int) -> int:
     """F, the features of a key of D numbers."""
     return {"taylor1": 1 + D, "taylor2": 1 + D + D * D}.get(feature_map, D)
@@ -113,6 +119,7 @@ class LinearState(NamedTuple):
         feature_map: str = "elu1", normalize: Optional[bool] = None, dtype: torch.dtype = torch.float32, device=None,
     ) -> LinearState:  # fmt: skip
         """The state before the first token of a call with these options."""
+        known_map(feature_map)
         kv = torch.zeros(N, H, feature_rows(feature_map, D), Dv, dtype=dtype, device=device)
         return LinearState(kv, kv.new_zeros(kv.shape[:3]) if normalized(feature_map, normalize) else None)
 
@@ -174,6 +181,12 @@ class LinearTensors(NamedTuple):
     def state_shape(self, feature_map: str) -> tuple[int, int, int, int]:
         """[N, Hs, F, Dv]."""
         return self.sequences, self.state_heads, feature_rows(feature_map, self.k.shape[3]), self.v.shape[3]
+
+    def state_was_written(self) -> None:
+        """Tells autograd, which does not see what a kernel writes: whoever saved the state before may not use it now."""
+        for t in (self.kv, self.z):
+            if t is not None:
+                increment_version(t)
 
 
 LINEAR_DIFFERENTIABLE: tuple[str, ...] = LinearTensors._fields[:7]

@@ -49,6 +49,10 @@ expect(r"feature_map.*'taylor2'.*'softmax'", public_feature_map=attend(feature_m
 # And more: gates.
 expect(r"decay.*finite", public_decay_nan=attend(decay=G + NAN), public_decay_inf=attend(decay=G - INF))
 expect(r"decay.*<= 0.*e-07", public_decay_barely_positive=attend(decay=G + 1e-6))
+for wanted in (False, True):  # a parameter is checked like any other tensor
+    gate, share = (torch.nn.Parameter(t, requires_grad=wanted) for t in (torch.full((2,), 0.5), BETA + 1.5))
+    expect(r"decay.*<= 0.*0\.5", **{f"public_decay_parameter_{wanted}": attend(decay=gate)})
+    expect(r"beta.*2\.5", **{f"public_beta_parameter_{wanted}": attend(feature_map="identity", beta=share)})
 expect(r"decay \[2, 2, 4\].*\[2\].*\[2, 2, 5\].*\[2, 2, 5, 8\]", public_decay_shape=attend(decay=G[..., :4]))
 expect(r"decay \[2, 4, 5\]", public_decay_of_query_heads=attend(decay=torch.zeros(2, 4, 5)))
 expect(r"decay \[1, 2, 5\]", public_decay_batch=attend(decay=G[:1]))
@@ -86,8 +90,21 @@ expect(r"dtype.*float8", public_float8=attend(*(x.to(torch.float8_e4m3fn) for x 
 expect(r"device.*meta", public_device=attend(Q, K.to("meta"), V))
 expect(r"k must be.*list", public_list=attend(Q, [1.0], V))
 expect(r"v must be.*NoneType", public_none=attend(Q, K, None))
-expect(r"q.*(sparse|layout)", public_sparse=attend(Q.to_sparse(), K, V))
-expect(r"(?i)q.*(nested|layout|strided)", public_nested=attend(NESTED, NESTED, NESTED))
+expect(r"q.*sparse.*to_dense", public_sparse=attend(Q.to_sparse(), K, V))
+expect(r"q .*got a nested.*to_padded_tensor.*cu_seqlens", public_nested=attend(NESTED, NESTED, NESTED))
+JAGGED = torch.nested.nested_tensor([torch.zeros(4, 5), torch.zeros(4, 6)], layout=torch.jagged)
+for kind, words, make in (
+    ("sparse", "to_dense", lambda t: t.to_sparse()),
+    ("nested", "got a nested", lambda t: JAGGED),
+    ("float8", "float8", lambda t: t.to(torch.float8_e4m3fn)),
+):
+    beta = attend(feature_map="identity", beta=make(BETA))
+    kv, z = (attend(initial_state=state) for state in (LinearState(make(KV), Z), LinearState(KV, make(Z))))
+    for name, call in {"decay": attend(decay=make(G)), "beta": beta, "state.kv": kv, "state.z": z}.items():
+        expect(f"{name} .*{words}", **{f"public_{kind}_{name}": call})
+expect(r"key_mask.*to_dense", public_sparse_mask=attend(causal=False, key_mask=MASK.to_sparse()))
+expect(r"key_mask.*nested", public_nested_mask=attend(causal=False, key_mask=JAGGED > 1))
+expect(r"cu_seqlens.*to_dense", public_sparse_ends=attend(*ONE, cu_seqlens=ENDS.to_sparse()))
 
 # Options.
 expect(r"causal.*'top_left'", public_causal_name=attend(causal="top_left"))
@@ -161,6 +178,9 @@ expect(
     r"state",
     public_state_dict=attend(initial_state={"kv": KV, "z": Z}),
     public_state_triple=attend(initial_state=(KV, Z, Z)),
+)
+expect(
+    r"feature_map.*'taylor1'.*'tailor1'", public_zeros_map=lambda: LinearState.zeros(1, 2, 8, 6, feature_map="tailor1")
 )
 expect(r"decay", explain_decay=lambda: explain_linear(Q, K, V, decay=G + 1))
 expect(r"feature_map", explain_map=lambda: explain_linear(Q, K, V, feature_map="exp"))

@@ -54,6 +54,12 @@ expect(r"mask.*\[3, 1, 1, 7\]", public_mask_batch=lambda: attention(Q, K, V, mas
 expect(r"mask.*\[1, 2, 4, 5, 7\]", public_mask_5d=lambda: attention(Q, K, V, mask=MASK[None]))
 expect(r"mask.*float32.*bias", public_mask_float=lambda: attention(Q, K, V, mask=BIAS))
 expect(r"mask.*uint8", public_mask_uint8=lambda: attention(Q, K, V, mask=MASK.byte()))
+expect(
+    r"cu_seqlens_q.*meta.*CPU",
+    public_packed_meta=lambda: attention(
+        Q[:1], K[:1], V[:1], cu_seqlens_q=torch.zeros(2, dtype=torch.int32).to("meta")
+    ),
+)
 expect(r"mask.*meta", public_mask_device=lambda: attention(Q, K, V, mask=MASK.to("meta")))
 expect(r"mask.*str", public_mask_str=lambda: attention(Q, K, V, mask="causal"))
 expect(r"mask.*layout", public_mask_sparse=lambda: attention(Q, K, V, mask=MASK.to_sparse()))

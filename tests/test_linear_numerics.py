@@ -90,6 +90,19 @@ def test_constant_gates(values, backend):
         compare(attend(inputs, backend, **case.options()), expected, FP32)
 
 
+@fast_backends
+@pytest.mark.parametrize("through", ["out", "kv"])
+@pytest.mark.parametrize("options", [{"feature_map": "identity"}, DELTA], ids=("identity", "delta"))
+def test_the_promise_for_a_fast_constant_gate(options, through, backend):
+    """Its gradient sums what every token leaves: an error that tokens share counts once for each."""
+    case = LinearCase(B=1, Hq=48, Hk=48, Hv=48, L=128, D=32, Dv=32, decay="h", **options)
+    inputs = make(case, FP32)
+    unused = {"kv": "dout", "out": "dkv"}[through]
+    inputs = inputs._replace(**{"decay": torch.full_like(inputs.decay, -0.5), unused: 0 * getattr(inputs, unused)})
+    golden = attend(cast(inputs, FP64), "eager", **case.options()).ddecay
+    assert rms_ratio(attend(inputs, backend, **case.options()).ddecay, golden) <= RMS[FP32]
+
+
 @all_backends
 @pytest.mark.parametrize("options", [{}, DELTA], ids=("elu1", "delta"))
 def test_a_gate_of_one_is_no_gate(options, backend):
@@ -272,14 +285,34 @@ def test_zero_rows(dtype, backend):
 
 
 @fast_backends
-@pytest.mark.parametrize("value", [-100.0, -1e4, 80.0, 1e4], ids=str)
+@pytest.mark.parametrize("value", [-12.0, -100.0, -1e4, 80.0, 1e4], ids=str)
 def test_elu1_far_from_zero(value, backend):
-    """e^x underflows to 0 and x + 1 does not: no overflow of e^x where it is not taken, in value or gradient."""
+    """e^-12 keeps its digits, which elu(x) + 1 loses; e^x underflows to 0 and does not overflow where it is not taken."""
     case = LinearCase(L=9, D=4)
     inputs = make(case, FP32)
     for q, k in ((inputs.q + value, inputs.k), (inputs.q, inputs.k + value)):
         result = check_inputs(inputs._replace(q=q, k=k), case, backend)
         assert all(x is None or x.isfinite().all() for x in result)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"feature_map": "taylor1"}, {"feature_map": "taylor2"}, {"decay": "bhl"}, {"feature_map": "identity", "decay": "bhld"},
+     DELTA, {**DELTA, "decay": "bhl"}, {**DELTA, "decay": "bhld"}],
+    ids=str,
+)  # fmt: skip
+def test_no_row_reads_a_later_token(options, value, backend):
+    """Whatever it holds: padding may be NaN. Eager and triton multiply later tokens by 0."""
+    case = LinearCase(L=70, D=8, state=True, **options)
+    inputs = make(case, FP32)
+    padded = inputs._replace(**{n: getattr(inputs, n).clone() for n in "qkv"})
+    for t in padded[:3]:
+        t[:, :, 37:] = value
+    need(backend, inputs, **case.options())
+    expected, found = (attend(x, backend, grad=False, **case.options()).out for x in (inputs, padded))
+    assert torch.equal(found[:, :, :37], expected[:, :, :37])
 
 
 @fast_backends

@@ -1,15 +1,19 @@
 """linear_attention_step: token by token it is the whole call, in place, without a gradient."""
 
+import contextlib
+
 import pytest
 import torch
 from harness import BF16, DEVICE, FP16, FP32, FP64, all_backends
 from linear_harness import DELTA, LinearCase, attend, expect, make, need, problem
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastattn
 from fastattn.params import LinearState
 from fastattn.testing import LAYOUTS, max_error, relayout
 
 INF, NAN = float("inf"), float("nan")
+UTILS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 CASES = [
     LinearCase(**{"L": 21, "D": 8, "state": True, **options})
     for options in (
@@ -157,6 +161,97 @@ def test_refuses_gradients(name, backend):
     with torch.inference_mode():
         fastattn.linear_attention_step(*x[:3], LinearState(x.kv.detach().clone()), **arguments)
     assert not torch.equal(x.kv, inputs.kv)
+
+
+@all_backends
+@pytest.mark.parametrize("options", [{}, DELTA], ids=str)
+def test_autograd_knows_that_the_state_was_written(options, backend):
+    """Whoever saved it for a gradient is told, as after any edit in place."""
+    case = LinearCase(L=1, state=True, **options)
+    inputs = make(case, FP32)
+    need(backend, inputs, **case.options())
+    for name in ("kv",) if inputs.z is None else ("kv", "z"):
+        state = state_of(inputs, case)
+        factor = torch.ones((), device=DEVICE, requires_grad=True)
+        product = factor * getattr(state, name)
+        with torch.no_grad():
+            steps(inputs, case, backend, state)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.sum().backward()
+
+
+TRACERS = {
+    "compile": lambda f, x: torch.compile(f, fullgraph=True, backend="aot_eager"),
+    "make_fx": lambda f, x: make_fx(f)(*x),
+    "make_fx of fake tensors": lambda f, x: make_fx(f, tracing_mode="fake")(*x),
+    "jit.trace": lambda f, x: torch.jit.trace(f, tuple(x), check_trace=False),
+    "export": lambda f, x: torch.export.export(Module(f), tuple(x), strict=False).module(),
+}
+
+
+class Module(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *x):
+        return self.function(*x)
+
+
+def one_step(case, backend):
+    """(a function of all tensors, a copy of these)."""
+    inputs = make(case, FP32)
+    need(backend, inputs, **case.options())
+    names = [n for n in inputs._fields[:7] if getattr(inputs, n) is not None]
+
+    def run(*tensors):
+        x = inputs._replace(**dict(zip(names, tensors)))
+        return fastattn.linear_attention_step(
+            *x[:3], LinearState(x.kv, x.z), decay=x.decay, beta=x.beta, feature_map=case.feature_map, backend=backend
+        )
+
+    return run, [getattr(inputs, n).clone() for n in names]
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit.trace is deprecated, and warns of every shape that is looked at
+@all_backends
+@pytest.mark.parametrize("tracer", TRACERS)
+@pytest.mark.parametrize(
+    "case", [LinearCase(L=1, state=True, decay="bhl"), LinearCase(**DELTA, L=1, state=True)], ids=str
+)
+def test_a_traced_step_is_the_step(case, tracer, backend):
+    """The state is written when the graph runs, each time, and not while it is recorded."""
+    torch._dynamo.reset()
+    run, tensors = one_step(case, backend)
+    traced = TRACERS[tracer](run, [t.clone() for t in tensors])
+    others = [t.clone() for t in tensors]
+    for _ in range(2):
+        assert torch.equal(traced(*others), run(*tensors))
+        assert all(torch.equal(a, b) for a, b in zip(others, tensors))
+
+
+@all_backends
+@pytest.mark.parametrize("outside", [False, True])
+def test_a_step_of_fake_tensors(outside, backend):
+    run, tensors = one_step(LinearCase(L=1, state=True, decay="bhl"), backend)
+    mode = torch._subclasses.FakeTensorMode()
+    fake = [mode.from_tensor(t) for t in tensors]
+    with contextlib.nullcontext() if outside else mode:
+        out = run(*fake)
+    expected = run(*tensors)
+    assert isinstance(out, torch._subclasses.FakeTensor)
+    assert (out.shape, out.dtype, out.stride()) == (expected.shape, expected.dtype, expected.stride())
+
+
+@all_backends
+@pytest.mark.parametrize("options", [{"decay": "bhl"}, {**DELTA, "decay": "bhld"}], ids=str)
+def test_opcheck(options, backend):
+    """What the schema says is written is written, and nothing else."""
+    case = LinearCase(L=1, state=True, **options)
+    inputs = make(case, FP32)
+    need(backend, inputs, **case.options())
+    values = (*inputs[:7], case.feature_map, case.normalized, 0.3, backend)
+    torch.library.opcheck(torch.ops.fastattn.linear_step.default, values, test_utils=UTILS)
 
 
 def test_refusals_leave_the_state_alone():

@@ -209,6 +209,7 @@ class CausalBackward : BackwardWork {
         // From here on z is its own gradient.
         if (passes.k && p_.normalize) load_z(state_of(head), head.leads ? g_.dz : nullptr, x.z);
         if (p_.decay) zero(rows.fading.carry, ld);
+        int64_t exact = head.last;  // token where ddecay started again
         for (int64_t block = blocks(head) - 1; block >= 0; --block) {
             const int64_t t0 = start(head, block), n = start(head, block + 1) - t0;
             pack_features(head, k, false, t0, n, -1, rows.k, x.inverse, x.wide);
@@ -217,7 +218,10 @@ class CausalBackward : BackwardWork {
             pack_dout(head, t0, n, -1, x.dn, x.weight);
             if (factor != Factor::kNone) pack_fading(head, t0, n, rows.fading);
             pair_up<factor, true>(n, true, passes.v, rows);
-            if (passes.k && ddecay_ && restarts(head, block)) restart_decay(head, t0 + n, end -= kept_floats(), x);
+            if (passes.k && ddecay_ && restarts(head, block)) {
+                restart_decay(head, t0 + n, exact, end -= kept_floats(), x);
+                exact = t0 + n;
+            }
             float owns[kBlock];
             scan_block<factor, true>(n, lanes, x, passes.k, passes.v, owns);
             if (passes.k && p_.normalize) {
@@ -239,7 +243,9 @@ class CausalBackward : BackwardWork {
             if (passes.k && dk_) store(dk_, head, t0, n, -1, x.df, ld);
             if (passes.v && dv_) store(dv_, head, t0, n, -1, x.dv, layout_.ld_v);
         }
-        if (passes.k && ddecay_ && head.first < head.last) restart_decay(head, head.first, end - kept_floats(), x);
+        if (passes.k && ddecay_ && head.first < head.last) {
+            restart_decay(head, head.first, exact, end - kept_floats(), x);
+        }
         if (passes.v && dkv_) store_initial(head, whole_state(x.state));
         if (passes.k && dz_) store_initial_z(head, x.z);
     }
@@ -286,9 +292,10 @@ class CausalBackward : BackwardWork {
     }
 
     // The gradient of g_t from the states themselves, <e^g_t S_{t-1}, dS_t>, for each feature or, of a scalar, over
-    // all.
-    void restart_decay(const LinearHead& head, int64_t t, const float* before, const Buffers& x) const {
+    // all. The running sum was that at token `exact` before.
+    void restart_decay(const LinearHead& head, int64_t t, int64_t exact, const float* before, const Buffers& x) const {
         const bool vector = p_.vector_decay();
+        const double running = x.ddecay[0];
         zero(reinterpret_cast<float*>(x.ddecay), 2 * layout_.ld_f);
         double total = 0;
         const auto add = [&](int64_t f, float product) {
@@ -303,8 +310,12 @@ class CausalBackward : BackwardWork {
         for (int64_t f = 0; f < layout_.F && p_.normalize; ++f) add(f, before[state_floats() + f] * x.z[f]);
         if (!vector) x.ddecay[0] = total;
         if (t == head.last) return;
-        float* at = reinterpret_cast<float*>(ddecay_.slices().row(head.b, head.h, t));
-        for (int64_t c = 0; c < (vector ? layout_.F : 1); ++c) at[c] = static_cast<float>(x.ddecay[c]);
+        const auto row = [&](int64_t at) { return reinterpret_cast<float*>(ddecay_.slices().row(head.b, head.h, at)); };
+        if (!vector) {
+            const double start = exact == head.last ? 0 : static_cast<double>(*row(exact));
+            ddecay_.settle(head.b, head.h, t, exact - 1, start, running - total);
+        }
+        for (int64_t c = 0; c < (vector ? layout_.F : 1); ++c) row(t)[c] = static_cast<float>(x.ddecay[c]);
     }
 
     const Passes wanted_;

@@ -1,5 +1,6 @@
 // What the backward pass of linear attention shares: packed gradients, states with features as lanes, sums over heads.
 #pragma once
+#include <cmath>
 #include <initializer_list>
 
 #include "linear_task.h"
@@ -44,6 +45,25 @@ class HeadGradient {
                 });
             }
         });
+    }
+
+    // A running sum back in time, one number a token, was `start` after token `last` and is off by `error` at `first`:
+    // each value gives back its share, by the size of what had entered until then. A fast decay leaves numbers far
+    // smaller than the first that entered, whose rounding a sum over the tokens would count once for each.
+    void settle(int64_t b, int64_t h, int64_t first, int64_t last, double start, double error) const {
+        const auto each = [&](auto&& use) {
+            double before = start, entered = 0;
+            for (int64_t t = last; t >= first; --t) {
+                float* at = reinterpret_cast<float*>(slices_.row(b, h, t));
+                entered += std::fabs(static_cast<double>(*at) - before);
+                before = static_cast<double>(*at);
+                use(at, entered);
+            }
+            return entered;
+        };
+        const double share = error / each([](float*, double) {});
+        if (!std::isfinite(share)) return;
+        each([&](float* at, double entered) { *at = static_cast<float>(static_cast<double>(*at) - share * entered); });
     }
 
    private:

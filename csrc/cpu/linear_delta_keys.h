@@ -273,7 +273,7 @@ class DeltaKeys : DeltaWork {
         const int64_t i = pass.walk.count - 1 - n;
         const DeltaWalk::Group group = pass.walk.group(n);
         const bool restarted = ddecay_ && restarts(pass.walk, i);
-        if (restarted) restart(pass, fade, i, at);
+        const float error = restarted ? restart(pass, fade, i, at) : 0;  // of the running sum, but for the first token
         const Vec scale = vset(static_cast<float>(p_.scale));
         GroupLanes q, k, query, key, e, none;
         FASTATTN_UNROLL for (int j = 0; j < kGroup; ++j) {
@@ -289,13 +289,14 @@ class DeltaKeys : DeltaWork {
         for (int j = 0; j < group.size; ++j) {
             const int64_t t = group.token(j);
             const Vec own = vset(pass.x.own[t]), factor = vset(beta(pass.head, t));
-            Vec total = vzero();
+            Vec total = vzero(), left_out = vzero();
             FASTATTN_UNROLL for (int v = 0; v < kDeltaVecs; ++v) {
                 const Vec a = vload(kept(pass.x.a, t, at) + v * W), b = vload(kept(pass.x.b, t, at) + v * W);
                 vstore(panel_lanes(pass.x.dq, n, at, j, v), vfma(own, k[j][v], a));
                 vstore(panel_lanes(pass.x.dk, n, at, j, v), vfma(own, q[j][v], vmul(factor, vsub(e[j][v], b))));
                 if (!ddecay_) continue;
                 const Vec seen = restarted && j == 0 ? b : vadd(e[j][v], b);
+                left_out = vfma(vmul(factor, k[j][v]), e[j][v], left_out);
                 const Vec term = vsub(vmul(q[j][v], a), vmul(k[j][v], vmul(factor, seen)));
                 const Vec sum = accumulate(pass.x.sums + (at * kDeltaVecs + v) * 2 * W, term);
                 vstore(panel_lanes(pass.x.ddecay, n, at, j, v), sum);
@@ -303,7 +304,18 @@ class DeltaKeys : DeltaWork {
             }
             if (ddecay_ && !p_.vector_decay()) {
                 const int64_t slice = pass.head.h * k_tiles_ + tile;
-                *reinterpret_cast<float*>(ddecay_.slices().row(pass.head.b, slice, pass.head.first + t)) = vsum(total);
+                const auto row = [&](int64_t token) {
+                    return reinterpret_cast<float*>(ddecay_.slices().row(pass.head.b, slice, pass.head.first + token));
+                };
+                *row(t) = vsum(total);
+                if (restarted && j == 0 && i + 1 < pass.walk.count) {
+                    const float exact = *row(t), off = error - vsum(left_out);
+                    *row(t) = exact + off;
+                    const int64_t before = restarted_before(pass.walk, i);
+                    ddecay_.settle(pass.head.b, slice, pass.head.first + t, pass.head.first + before - 1,
+                                   static_cast<double>(*row(before)), static_cast<double>(off));
+                    *row(t) = exact;
+                }
             }
         }
     }
@@ -318,18 +330,30 @@ class DeltaKeys : DeltaWork {
         return vadd(next, low);
     }
 
-    // <S', dS*> of each lane at the last token of group i, to which dS* is what comes from later ones.
-    void restart(const Pass& pass, const LaneFade& fade, int64_t i, int64_t at) const {
+    // The token at which the running sum started again before group i.
+    static int64_t restarted_before(const DeltaWalk& walk, int64_t i) {
+        do ++i;
+        while (!restarts(walk, i));
+        return walk.start[i + 1] - 1;
+    }
+
+    // <S', dS*> of each lane at the last token of group i, to which dS* is what comes from later ones. Returns what the
+    // running sum, over all lanes, was larger.
+    float restart(const Pass& pass, const LaneFade& fade, int64_t i, int64_t at) const {
         const float *s = end(pass, i, at), *ds = state(pass.x, at);
+        Vec larger = vzero();
         FASTATTN_UNROLL for (int v = 0; v < kDeltaVecs; ++v) {
             Vec sum = vzero();
             for (int64_t r = 0; r < p_.Dv(); ++r) {
                 sum = vfma(vload(s + r * kDeltaLanes + v * W), vload(ds + r * kDeltaLanes + v * W), sum);
             }
             float* to = pass.x.sums + (at * kDeltaVecs + v) * 2 * W;
-            vstore(to, vmul(sum, fade.of[v].factor));
+            sum = vmul(sum, fade.of[v].factor);
+            larger = vadd(larger, vadd(vsub(vload(to), sum), vload(to + W)));
+            vstore(to, sum);
             vstore(to + W, vzero());
         }
+        return vsum(larger);
     }
 
     // kv [D][Dv] as [tile][Dv][kDeltaLanes]; null is zero.

@@ -161,6 +161,7 @@ def linear_step(x: LinearTensors, params: LinearParams):
     assert _C is not None
     out = x.empty_out()
     _C.linear_step(x, out, params.feature_map, params.normalize, params.scale, torch.get_num_threads())
+    x.state_was_written()
     return out
 
 

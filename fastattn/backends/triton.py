@@ -132,17 +132,25 @@ def softmax_backward(dout, dlse, x: SoftmaxTensors, out, parts, params: SoftmaxP
 
 
 def linear_saved_shape(x: LinearTensors, params: LinearParams) -> tuple[int, ...]:
-    """The denominators."""
-    return (x.q.shape[0], x.heads, x.q.shape[2]) if params.normalize else (0,)
+    """The denominators; of 16-bit inputs, with the rows of out unrounded: the gradient of a denominator reads them."""
+    if not params.normalize:
+        return (0,)
+    rows = x.q.shape[0], x.heads, x.q.shape[2]
+    return rows if x.q.dtype == torch.float32 else (*rows, 1 + x.v.shape[3])
 
 
 def linear_forward(x: LinearTensors, params: LinearParams, with_saved: bool):
     from ..kernels.linear.forward import forward
 
     out = x.empty_out()
-    den = x.q.new_empty(linear_saved_shape(x, params), dtype=torch.float32) if params.normalize else None
-    kv, z = forward(x, params, out, den, LINEAR_EPS)
-    return out, kv, z, den if with_saved else None
+    den = x.q.new_empty(x.q.shape[0], x.heads, x.q.shape[2], dtype=torch.float32) if params.normalize else None
+    if not with_saved or den is None or x.q.dtype == torch.float32:
+        kv, z = forward(x, params, out, den, LINEAR_EPS)
+        return out, kv, z, den if with_saved else None
+    saved = den.new_empty(linear_saved_shape(x, params))
+    kv, z = forward(x, params, saved[..., 1:], den, LINEAR_EPS)
+    saved[..., 0] = den
+    return out.copy_(saved[..., 1:]), kv, z, saved
 
 
 def linear_backward(dout, dkv, dz, x: LinearTensors, out, saved, params: LinearParams, needs):
@@ -150,7 +158,10 @@ def linear_backward(dout, dkv, dz, x: LinearTensors, out, saved, params: LinearP
 
     gradients = [empty_like_layout(t, t.shape[3]) if need else None for t, need in zip(x[:3], needs)]
     gradients += [t.new_empty(t.shape) if t is not None and need else None for t, need in zip(x[3:7], needs[3:])]
-    backward(dout, dkv, dz, x, out, saved if params.normalize else None, params, *gradients)
+    den = saved if params.normalize else None
+    if den is not None and den.dim() == 4:
+        out, den = saved[..., 1:], saved[..., 0].contiguous()
+    backward(dout, dkv, dz, x, out, den, params, *gradients)
     return tuple(gradients)
 
 
@@ -159,4 +170,5 @@ def linear_step(x: LinearTensors, params: LinearParams):
 
     out = x.empty_out()
     step(x, params, out, LINEAR_EPS)
+    x.state_was_written()
     return out

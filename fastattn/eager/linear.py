@@ -38,7 +38,7 @@ def features(x: Tensor, feature_map: str) -> Tensor:
     if feature_map == "relu":
         return x.relu()
     if feature_map == "elu1":
-        return torch.nn.functional.elu(x) + 1
+        return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
     if feature_map == "taylor1":
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         unit = x / norm.masked_fill(norm == 0, 1)

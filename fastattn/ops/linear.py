@@ -13,7 +13,7 @@ from ..dispatch import BACKENDS, Explanation, select
 from ..dispatch import explain as explain_call
 from ..params import LinearCall, LinearState, LinearTensors
 from . import linear_checks
-from .linear_autograd import attend, attend_without_gradient
+from .linear_autograd import attend, attend_without_gradient, step
 
 FeatureMap = Literal["identity", "relu", "elu1", "taylor1", "taylor2"]
 State = Union[LinearState, Tensor]
@@ -171,6 +171,8 @@ def linear_attention_step(
             linear_checks.decay_values(x.decay)
         if x.beta is not None:
             linear_checks.beta_values(x.beta)
+    if not unobserved(x.q, x.kv):
+        return step(x, call.params, chosen)
     with full_precision(x.q):
         return BACKENDS[chosen].linear_step(x, call.params)
 

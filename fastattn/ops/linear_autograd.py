@@ -139,6 +139,36 @@ linear_backward = register(
 )
 
 
+def step(x: LinearTensors, params: LinearParams, backend: str) -> Tensor:
+    """One token, whose kv and z are advanced in place."""
+    return linear_step(*x.differentiable(), params.feature_map, params.normalize, params.scale, backend)
+
+
+def _step(*args):
+    x, (feature_map, normalize, scale, backend) = LinearTensors(*args[:7]), args[7:]
+    with full_precision(x.q):
+        return BACKENDS[backend].linear_step(x, LinearParams(feature_map, True, normalize, scale))
+
+
+def _step_fake(*args):
+    return LinearTensors(*args[:7]).empty_out()
+
+
+def _step_vmap(info, in_dims, *args):
+    raise NotImplementedError("linear_attention_step writes in place; use linear_attention under vmap")
+
+
+linear_step = register(
+    "linear_step",
+    "(Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? beta, Tensor(a!) kv, Tensor(b!)? z, "
+    "str feature_map, bool normalize, float scale, str backend) -> Tensor",
+    _step,
+    _step_fake,
+    _step_vmap,
+    _forward_flops,
+)
+
+
 # Arguments are named one by one below: Dynamo counts the parameters of `forward`.
 class LinearAttention(torch.autograd.Function):
     """(*LinearTensors, *LinearParams, backend) -> (out, kv, z, saved)."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..autograd import transformed
-from ..params import FEATURE_MAPS, LinearParams, LinearTensors, accumulate_dtype, normalized
+from ..autograd import PLAIN, traced, transformed
+from ..params import LinearParams, LinearTensors, accumulate_dtype, known_map, normalized
 
 
 def qkv(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
@@ -36,8 +36,7 @@ def qkv(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
 
 
 def params(feature_map, causal, normalize, scale, chunk_size, beta, D: int) -> LinearParams:
-    if feature_map not in FEATURE_MAPS:
-        raise ValueError(f"feature_map must be one of {', '.join(map(repr, FEATURE_MAPS))}, got {feature_map!r}")
+    known_map(feature_map)
     for name, value in (("causal", causal), ("normalize", normalize)):
         if not isinstance(value, bool) and not (name == "normalize" and value is None):
             raise TypeError(f"{name} must be a bool{' or None' * (name == 'normalize')}, got {value!r}")
@@ -67,12 +66,16 @@ def _chunk_size(size: Any) -> Optional[int]:
 
 def _values_visible(t: Tensor) -> bool:
     """Whether a look at the values costs no wait for a device and no graph break."""
-    return t.is_cpu and t.numel() > 0 and not transformed() and not torch.compiler.is_compiling() and type(t) is Tensor
+    return t.is_cpu and t.numel() > 0 and not transformed() and not traced() and type(t) in PLAIN
 
 
 def _floats(name: str, t: Any, q: Tensor) -> Tensor:
-    if not isinstance(t, Tensor) or not t.is_floating_point():
-        raise TypeError(f"{name} must be a floating point tensor, got {getattr(t, 'dtype', type(t).__name__)}")
+    if not isinstance(t, Tensor) or t.dtype not in checks.FLOAT_DTYPES:
+        raise TypeError(
+            f"{name} must be a floating point tensor, got {getattr(t, 'dtype', type(t).__name__)}; float32, bfloat16, "
+            "float16 and float64 are taken"
+        )
+    checks.refuse_layout(name, t)
     if t.device != q.device:
         raise ValueError(f"{name} is on {t.device} but q is on {q.device}; move it with .to(q.device)")
     return t
@@ -138,6 +141,7 @@ def key_mask(mask: Any, x: LinearTensors, call: LinearParams) -> Tensor:
         raise TypeError(
             f"key_mask must be a bool tensor (True = takes part), got {getattr(mask, 'dtype', type(mask).__name__)}"
         )
+    checks.refuse_layout("key_mask", mask)
     if mask.device != x.q.device:
         raise ValueError(f"key_mask is on {mask.device} but q is on {x.q.device}; move it with .to(q.device)")
     if mask.shape != (x.k.shape[0], x.k.shape[2]):
@@ -174,6 +178,7 @@ def state(given: Any, x: LinearTensors, call: LinearParams) -> tuple[Tensor, Opt
             raise TypeError(
                 f"the state must be a LinearState{' with kv and z' * call.normalize}, got {part} {type(t).__name__}"
             )
+        checks.refuse_layout(f"state.{part}", t)
         if t.shape != size:
             raise ValueError(
                 f"state.{part} {list(t.shape)} must be {list(size)}: sequences, heads, features of {call.feature_map!r}"

@@ -44,7 +44,7 @@ def row_factors(dout, out, den, scale):
     launch(
         row_factors_kernel, n_tiles * B * H, out, dout, den, factors, out.stride(), dout.stride(), H, L, n_tiles,
         float(scale), B * H * L, DV=Dv, BM=ROWS, BDV=block_dim(Dv), WIDE=wide(out, dout),
-        UPCAST=INTERPRETED and out.dtype == torch.bfloat16,
+        UPCAST=INTERPRETED and torch.bfloat16 in (out.dtype, dout.dtype),
     )  # fmt: skip
     return factors[0], factors[1]
 
