@@ -135,6 +135,40 @@ def test_first_tiles_hidden_and_logits_all_negative(hidden, dtype, backend):
         )
 
 
+def climbing(dtype, step):
+    """The logit of key j is j * step, exactly: the largest so far is not the largest for long."""
+    inputs = make(Case(B=1, Hq=1, Hk=1, Lq=70, Lk=900, D=32, scale=1.0), dtype, device=DEVICE)
+    q, k, j = torch.zeros_like(inputs.q), inputs.k.clone(), torch.arange(900, device=DEVICE)
+    q[..., :2] = 1.0
+    k[..., 0], k[..., 1] = (j // 64 * 64 * step).to(dtype), (j % 64 * step).to(dtype)
+    return inputs._replace(q=q, k=k)
+
+
+@all_backends
+@all_dtypes
+@pytest.mark.parametrize("step", (0.03125, 0.125, 1.0, 16.0, -0.125))
+def test_rows_that_climb(step, dtype, backend):
+    inputs, options = climbing(dtype, step), {"scale": 1.0, "causal": "bottom_right"}
+    need(backend, inputs, **options)
+    exact = attend(cast(inputs, FP64), "reference", **options)
+    result = attend(inputs, backend, **options)
+    for got, want in ((result.out, exact.out), (result.dv, exact.dv)):
+        assert rms_ratio(got, want) < RMS_LIMIT[dtype]
+    torch.testing.assert_close(result.lse.double(), exact.lse.double(), rtol=1e-6, atol=1e-4 if dtype != FP32 else 2e-6)
+
+
+@pytest.mark.parametrize("dtype", (FP32, FP16, BF16), ids=("float32", "float16", "bfloat16"))
+def test_rows_that_climb_leave_their_neighbours_alone(dtype):
+    inputs = make(Case(B=1, Hq=1, Hk=1, Lq=96, Lk=800, D=64), dtype, device=DEVICE)
+    need("native", inputs)
+    q = inputs.q.clone()
+    q[:, :, 37] *= 100
+    out, other = (attend(x, "native", grad=False).out for x in (inputs, inputs._replace(q=q)))
+    assert not torch.equal(out[:, :, 37], other[:, :, 37])
+    out[:, :, 37] = other[:, :, 37]
+    assert torch.equal(out, other)
+
+
 @all_backends
 @pytest.mark.parametrize("dtype", (FP32, BF16), ids=("float32", "bfloat16"))
 @pytest.mark.parametrize("L", TAILS)

@@ -143,17 +143,18 @@ class Split {
             }
             for (int n = 0; n < count; ++n) {
                 Panel& x = panels[n];
-                if constexpr (!Math::kTiles) {
-                    for (int slot = 0; slot < used && direct_keys_; ++slot) {
-                        const char* ahead = ahead_of(p_.k, key_rows, packed[slot], last, after);
-                        direct_scores<Math>(x, key_rows, ahead, packed[slot], p_.D(), p_.Lk(), scores + slot * 64);
+                softmax_step<Math>(terms_, x, scores, [&] {
+                    if constexpr (!Math::kTiles) {
+                        for (int slot = 0; slot < used && direct_keys_; ++slot) {
+                            const char* ahead = ahead_of(p_.k, key_rows, packed[slot], last, after);
+                            direct_scores<Math>(x, key_rows, ahead, packed[slot], p_.D(), p_.Lk(), scores + slot * 64);
+                        }
                     }
-                }
-                if (!direct_keys_) {
-                    score_tiles<Math>(x, layout_.d_units, scores,
-                                      [&](int slot) { return keys + slot * layout_.k_tile; });
-                }
-                softmax_step<Math>(terms_, x, scores);
+                    if (!direct_keys_) {
+                        score_tiles<Math>(x, layout_.d_units, scores,
+                                          [&](int slot) { return keys + slot * layout_.k_tile; });
+                    }
+                });
                 for (int slot = 0; slot < used && n == 0 && !direct_values_ && !unpacked; ++slot) {
                     value_rows.seen = seen + slot;
                     value_rows.seen_from = packed[slot];
@@ -185,7 +186,8 @@ class Split {
             }
         }
         for (int n = 0; n < count; ++n) {
-            const Panel& x = panels[n];
+            Panel& x = panels[n];
+            x.add_up();
             for (int r = 0; r < x.rows; ++r) {
                 const float* row = x.out + r * layout_.ldo;
                 if (chunks_ == 1) {
@@ -213,12 +215,13 @@ class Split {
     void group(Panel& x, const Source& keys, const Source& values, const int64_t* tiles, int used, const char* ahead,
                const float* q_lanes, float* scores) const {
         const int64_t size = element_size(keys.dtype);
-        for (int slot = 0; slot < used; ++slot) {
-            Ahead tile(values.at(tiles[slot] * 64), values, 64, p_.Dv());
-            group_scores<Math>(q_lanes, x.rows, keys.at(tiles[slot] * 64), keys.row * size, layout_.d_units, tile,
-                               scores + slot * 64);
-        }
-        softmax_step<Math>(terms_, x, scores);
+        softmax_step<Math>(terms_, x, scores, [&] {
+            for (int slot = 0; slot < used; ++slot) {
+                Ahead tile(values.at(tiles[slot] * 64), values, 64, p_.Dv());
+                group_scores<Math>(q_lanes, x.rows, keys.at(tiles[slot] * 64), keys.row * size, layout_.d_units, tile,
+                                   scores + slot * 64);
+            }
+        });
         rescale(x);
         Ahead next(ahead, keys, kGroupKeys, p_.D());
         for (int slot = 0; slot < used; ++slot) {

@@ -137,7 +137,8 @@ class Tiled {
         for (int n = 0; n < count; ++n) {
             if (blocks[n].filled) step(blocks[n], packed, scores);
             for (int m = 0; m < blocks[n].count; ++m) {
-                const Panel& x = blocks[n].panels[m];
+                Panel& x = blocks[n].panels[m];
+                x.add_up();
                 for (int r = 0; r < x.rows; ++r) finish_row(terms_, x, r, x.top[r], x.total[r], x.out + r * x.ldo);
             }
         }
@@ -177,9 +178,10 @@ class Tiled {
             Panel& x = block.panels[n];
             select_tiles(x, block.tiles, block.bits, block.filled);
             if (!x.count) continue;
-            score_tiles<Math>(x, layout_.d_units, scores,
-                              [&](int slot) { return packed + x.tiles[slot].tile * layout_.k_tile; });
-            softmax_step<Math>(terms_, x, scores);
+            softmax_step<Math>(terms_, x, scores, [&] {
+                score_tiles<Math>(x, layout_.d_units, scores,
+                                  [&](int slot) { return packed + x.tiles[slot].tile * layout_.k_tile; });
+            });
             add_values<Math>(x, scores, packed + layout_.k_size, layout_.v_steps, layout_.dv_vecs,
                              [&](int slot) { return x.tiles[slot].tile * 64 / Math::kPair; });
         }

@@ -19,7 +19,7 @@ class Softcap {
     // would cancel, tanh y = y + y^3 P(y^2) with the polynomial of Cephes' tanhf.
     FASTATTN_INLINE Vec operator()(Vec x, Vec& derivative) const {
         const Vec y = vmul(x, vset(inverse_)), size = vabs(y), square = vmul(y, y), one = vset(1.0f);
-        const Vec e = exp2_nonpositive<false>(vmul(size, vset(-2.0f * kLog2e)));
+        const Vec e = exp2_of<false>(vmul(size, vset(-2.0f * kLog2e)));
         const Vec share = vdiv(one, vadd(one, e)), twice = vmul(vset(2.0f), vmul(e, share));
         derivative = vmul(vmul(twice, vset(2.0f)), share);
         Vec p = vfma(vset(-5.70498872745e-3f), square, vset(2.06390887954e-2f));

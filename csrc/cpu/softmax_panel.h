@@ -14,11 +14,12 @@ namespace FASTATTN_ISA {
 #if FASTATTN_RANK_OF(FASTATTN_ISA) >= 4
 constexpr int kRows = 32;  // query rows of a panel
 constexpr int kTrim = 32;  // partial tiles are cut to multiples of this
+constexpr int kSlots = 2;  // key tiles of a group: its scores stay in the first-level cache
 #else
 constexpr int kRows = 16;
 constexpr int kTrim = 16;
+constexpr int kSlots = 4;
 #endif
-constexpr int kSlots = 4;                   // key tiles of a group: its scores stay in the first-level cache
 constexpr int kGroupKeys = kSlots * 64;     // = columns of the score buffer
 constexpr int kScoreRow = kGroupKeys + 16;  // floats between rows of scores: not a multiple of a cache page
 constexpr int kPanelsPerTile = 64 / kPanel;
@@ -33,6 +34,10 @@ struct Weights {
     static constexpr int kFloats = kRows * (kScoreRow + (kInPlace ? 0 : kRow));  // of scores and weights
     static float* of(float* scores) { return kInPlace ? scores : scores + kRows * kScoreRow; }
 };
+
+// Sums of weights above this raise the top: larger ones have lost digits of their exponents.
+template <class Math>
+constexpr float kMostWeight = Math::kFastExp ? 65536.0f : 256.0f;
 
 // Options of a call in the form the inner loops want them.
 struct Terms {
@@ -72,9 +77,12 @@ struct Panel {
     int64_t ldq = 0;
     float* out = nullptr;  // [rows][ldo], unnormalised
     int64_t ldo = 0;
-    alignas(64) float top[kRows];    // largest score so far
-    alignas(64) float total[kRows];  // sum of weights so far
+    alignas(64) float top[kRows];   // the logit whose weight is 1, -inf before any: the largest, or not far below
+    alignas(64) float base[kRows];  // the same, or 0
     alignas(64) float decay[kRows];
+    alignas(64) float total[kRows];  // sum of weights, once they are added up
+    Vec totals[kRows];               // the same by lane
+    uint32_t raised = 0;             // rows whose decay may not be 1
     PanelTile tiles[kSlots];
     int count = 0;
 
@@ -83,9 +91,13 @@ struct Panel {
         for (int r = 0; r < kRows; ++r) {
             const bool sink = sinks && r < rows;
             top[r] = sink ? sinks[head[r]] : -kInfinity;
-            total[r] = sink ? 1.0f : 0.0f;
+            base[r] = top[r] == -kInfinity ? 0.0f : top[r];
+            totals[r] = sink ? vselect(1, vset(1.0f), vzero()) : vzero();
         }
         memset(out, 0, sizeof(float) * static_cast<size_t>(rows * ldo));
+    }
+    void add_up() {
+        FASTATTN_UNROLL for (int g = 0; g < kRows; g += W) vstore(total + g, reduce_each(totals + g, vadd));
     }
     // Adds a tile given its bits; a tile nobody sees is left out.
     void add(int64_t tile) {
@@ -143,12 +155,12 @@ inline void make_logits(const Terms& terms, const Panel& x, int r, float* row) {
     }
 }
 
-// Hides what the row may not see (-inf) and returns the largest logit of each lane.
-inline Vec mask_and_max(const Panel& x, int r, float* row) {
+// The largest logit of each lane among those that the row sees.
+inline Vec largest(const Panel& x, int r, const float* row) {
     Vec top = vset(-kInfinity), other = top;
     for (int slot = 0; slot < x.count; ++slot) {
         const PanelTile& t = x.tiles[slot];
-        float* s = row + slot * 64;
+        const float* s = row + slot * 64;
         if (t.full) {
             for (int c = t.c0; c < t.c1; c += 2 * W) {
                 top = vmax(vload(s + c), top);
@@ -157,87 +169,136 @@ inline Vec mask_and_max(const Panel& x, int r, float* row) {
             continue;
         }
         for (int c = t.c0; c < t.c1; c += W) {
-            const Vec z = vselect(static_cast<uint32_t>(t.bits[r] >> c), vload(s + c), vset(-kInfinity));
-            vstore(s + c, z);
-            top = vmax(z, top);
+            top = vmax(vselect(static_cast<uint32_t>(t.bits[r] >> c), vload(s + c), vset(-kInfinity)), top);
         }
     }
     return vmax(top, other);
 }
 
-// Weights 2^((z - base) * factor) of one row as units of the value product; returns their sum by lane.
+// Weights of one row as units of the value product; returns their sum by lane.
 template <class Math, bool kDropout>
-inline Vec weigh(const Terms& terms, const Panel& x, int r, float base, const float* row, float* weights) {
-    const Vec b = vset(base), factor = vset(terms.factor), keep_factor = vset(terms.dropout.factor);
-    Vec sum = vzero(), other = vzero();
-    for (int slot = 0; slot < x.count; ++slot) {
-        const PanelTile& t = x.tiles[slot];
-        uint64_t keep = 0;
-        if (kDropout) {
-            const int64_t head = x.b * terms.p.Hq() + x.head[r];
-            keep = keep_word(terms.dropout, head, x.i[r], t.tile);
-        }
-        const auto weight = [&](int c, Vec& total) {
-            const Vec p = exp2_nonpositive<Math::kFastExp>(vmul(vsub(vload(row + slot * 64 + c), b), factor));
-            total = vadd(total, p);
-            return kDropout ? vselect(static_cast<uint32_t>(keep >> c), vmul(p, keep_factor), vzero()) : p;
-        };
-        float* units_out = weights + slot * 64 / Math::kPair;
-        for (int c = t.c0; c < t.c1; c += 2 * W) {
-            const bool pair = c + W < t.c1;
-            const Vec first = weight(c, sum);
-            const Vec second = pair ? weight(c + W, other) : vzero();
-            if constexpr (Math::kPair == 1) {
-                vstore(units_out + c, first);
-                if (pair) vstore(units_out + c + W, second);
-            } else {
-#ifdef FASTATTN_HAS_BF16_DOT
-                store_neighbours<Math>(units_out + c / 2, Weights<Math>::kPart, first, second);
-#endif
+class Weigher {
+   public:
+    Weigher(const Terms& terms, const Panel& x)
+        : terms_(terms), x_(x), factor_(vset(terms.factor)), keep_factor_(vset(terms.dropout.factor)) {}
+
+    FASTATTN_INLINE Vec operator()(int r, const float* row, float* weights) const {
+        const Vec base = vset(x_.base[r]);
+        Vec sum = vzero(), other = vzero();
+        for (int slot = 0; slot < x_.count; ++slot) {
+            const PanelTile& t = x_.tiles[slot];
+            uint64_t keep = 0;
+            if (kDropout) {
+                keep = keep_word(terms_.dropout, x_.b * terms_.p.Hq() + x_.head[r], x_.i[r], t.tile);
+            }
+            float* units = weights + slot * 64 / Math::kPair;
+            const float* z = row + slot * 64;
+            if (t.full) {
+                FASTATTN_UNROLL for (int c = 0; c < 64; c += 2 * W) {
+                    block<false>(c, true, z, base, 0, keep, units, sum, other);
+                }
+                continue;
+            }
+            for (int c = t.c0; c < t.c1; c += 2 * W) {
+                block<true>(c, c + W < t.c1, z, base, t.bits[r], keep, units, sum, other);
             }
         }
+        return vadd(sum, other);
     }
-    return vadd(sum, other);
-}
 
-// One step of the online softmax: weights are made of scores, top / total / decay move on.
-template <class Math>
-inline void softmax_step(const Terms& terms, Panel& x, float* scores) {
-    alignas(64) float base[kRows];
+   private:
+    // 2^((z - base) * factor)
+    template <bool kHidden>
+    FASTATTN_INLINE Vec weight(Vec z, Vec base, uint64_t seen, uint64_t keep, Vec& sum) const {
+        Vec p = exp2_of<Math::kFastExp>(vmul(vsub(z, base), factor_));
+        if (kHidden) p = vselect(static_cast<uint32_t>(seen), p, vzero());
+        sum = vadd(sum, p);
+        return kDropout ? vselect(static_cast<uint32_t>(keep), vmul(p, keep_factor_), vzero()) : p;
+    }
+    // The 2 W keys from c on, or, unless `pair`, W.
+    template <bool kHidden>
+    FASTATTN_INLINE void block(int c, bool pair, const float* z, Vec base, uint64_t seen, uint64_t keep, float* units,
+                               Vec& sum, Vec& other) const {
+        const Vec first = weight<kHidden>(vload(z + c), base, seen >> c, keep >> c, sum);
+        const Vec second =
+            pair ? weight<kHidden>(vload(z + c + W), base, seen >> (c + W), keep >> (c + W), other) : vzero();
+        if constexpr (Math::kPair == 1) {
+            vstore(units + c, first);
+            if (pair) vstore(units + c + W, second);
+        } else {
+#ifdef FASTATTN_HAS_BF16_DOT
+            store_neighbours<Math>(units + c / 2, Weights<Math>::kPart, first, second);
+#endif
+        }
+    }
+
+    const Terms& terms_;
+    const Panel& x_;
+    const Vec factor_, keep_factor_;
+};
+
+// Tops of the rows in `which` become their largest logits so far; decays are what that makes of earlier weights.
+inline void raise_tops(const Terms& terms, Panel& x, uint32_t which, const float* scores) {
     const Vec minus_inf = vset(-kInfinity), factor = vset(terms.factor);
     Vec lanes_by_row[kRows];
     for (int r = 0; r < kRows; ++r) {
-        float* row = scores + r * kScoreRow;
-        if (r < x.rows && terms.logits) make_logits(terms, x, r, row);
-        lanes_by_row[r] = r < x.rows ? mask_and_max(x, r, row) : minus_inf;
+        lanes_by_row[r] = which >> r & 1 ? largest(x, r, scores + r * kScoreRow) : minus_inf;
     }
     FASTATTN_UNROLL for (int g = 0; g < kRows; g += W) {
-        const Vec before = vload(x.top + g), top = vmax(reduce_each(lanes_by_row + g, vmax), before);
-        const Vec safe = vselect(vnot_equal(top, minus_inf), top, vzero());
+        const Vec before = vload(x.top + g), decay = vload(x.decay + g);
+        const Vec top = vselect(which >> g, vmax(reduce_each(lanes_by_row + g, vmax), before), before);
+        const Vec base = vselect(vnot_equal(top, minus_inf), top, vzero());
         vstore(x.top + g, top);
-        vstore(base + g, safe);
-        vstore(x.decay + g, exp2_nonpositive<false>(vmul(vsub(before, safe), factor)));
+        vstore(x.base + g, base);
+        vstore(x.decay + g, vselect(which >> g, exp2_of<false>(vmul(vsub(before, base), factor)), decay));
     }
-    for (int r = 0; r < kRows; ++r) {
-        const float* row = scores + r * kScoreRow;
-        float* weights = Weights<Math>::of(scores) + r * Weights<Math>::kRow;
-        if (r >= x.rows) {
-            lanes_by_row[r] = vzero();
-        } else if (terms.has_dropout) {
-            lanes_by_row[r] = weigh<Math, true>(terms, x, r, base[r], row, weights);
-        } else {
-            lanes_by_row[r] = weigh<Math, false>(terms, x, r, base[r], row, weights);
-        }
+    x.raised |= which;
+}
+
+// Weights of all rows, and their sums by lane; returns the rows whose weights are too large.
+template <class Math, bool kDropout>
+inline uint32_t weigh(const Terms& terms, const Panel& x, float* scores, Vec sums[kRows]) {
+    const Weigher<Math, kDropout> weigher(terms, x);
+    Vec all = vzero();
+    for (int r = 0; r < x.rows; ++r) {
+        sums[r] = weigher(r, scores + r * kScoreRow, Weights<Math>::of(scores) + r * Weights<Math>::kRow);
+        all = vadd(all, sums[r]);
+        if (r % 16 == 15) MatrixUnit<Math::kTiles>::stay_awake();
     }
+    const auto small = [](Vec sum) { return vless(sum, vset(kMostWeight<Math>)) == (1u << W) - 1; };
+    uint32_t large = 0;
+    for (int r = 0; r < x.rows && !small(all); ++r) large |= static_cast<uint32_t>(!small(sums[r])) << r;
+    return large;
+}
+
+// One step of the online softmax: weights are made of the scores that `make_scores` makes, totals move on. A row's top
+// is found in the first keys it sees. It is raised only where weights have become too large for exact sums: then the
+// scores, in whose place they may be, are made once more. Whether that happens to a row depends on no other.
+template <class Math, class Scores>
+inline void softmax_step(const Terms& terms, Panel& x, float* scores, Scores&& make_scores) {
+    uint32_t raise = 0;
     FASTATTN_UNROLL for (int g = 0; g < kRows; g += W) {
-        const Vec sum = reduce_each(lanes_by_row + g, vadd);
-        vstore(x.total + g, vfma(vload(x.total + g), vload(x.decay + g), sum));
+        raise |= vless(vabs(vload(x.top + g)), vset(kInfinity)) << g;
+        vstore(x.decay + g, vset(1.0f));
     }
+    raise = ~raise & ~uint32_t{0} >> (32 - x.rows);
+    Vec sums[kRows];
+    x.raised = 0;
+    do {
+        make_scores();
+        for (int r = 0; terms.logits && r < x.rows; ++r) make_logits(terms, x, r, scores + r * kScoreRow);
+        const FlushSubnormals flush;
+        if (raise) raise_tops(terms, x, raise, scores);
+        raise =
+            terms.has_dropout ? weigh<Math, true>(terms, x, scores, sums) : weigh<Math, false>(terms, x, scores, sums);
+        raise &= ~x.raised;
+    } while (raise);
+    for (int r = 0; r < x.rows; ++r) x.totals[r] = vfma(x.totals[r], vset(x.decay[r]), sums[r]);
 }
 
 // out *= decay, which the packed product does on its way.
 inline void rescale(const Panel& x) {
-    for (int r = 0; r < x.rows; ++r) {
+    for (int r = 0; r < x.rows && x.raised; ++r) {
         if (x.decay[r] == 1.0f) continue;
         const Vec decay = vset(x.decay[r]);
         for (int64_t c = 0; c < x.ldo; c += W) vstore(x.out + r * x.ldo + c, vmul(vload(x.out + r * x.ldo + c), decay));

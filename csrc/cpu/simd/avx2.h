@@ -58,7 +58,12 @@ inline Vec vscale2(Vec a, Vec exponent) {
     const __m256 tiny = _mm256_cmp_ps(exponent, _mm256_set1_ps(-126.0f), _CMP_LT_OQ);
     return _mm256_mul_ps(a, _mm256_andnot_ps(tiny, power));
 }
-inline Vec vscale2_normal(Vec a, Vec exponent, Vec) { return vscale2(a, exponent); }
+// a * 2^floor(x), infinite from x = 128 on
+inline Vec vscale2_floor(Vec a, Vec x) { return vscale2(a, _mm256_min_ps(_mm256_set1_ps(128.0f), _mm256_floor_ps(x))); }
+inline Vec vfraction(Vec a) { return _mm256_sub_ps(a, _mm256_floor_ps(a)); }
+struct FlushSubnormals {
+    FlushSubnormals() {}  // powers of 2 have none here
+};
 
 inline Vec load_bf16(const uint16_t* p) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

@@ -35,10 +35,26 @@ inline uint32_t vnot_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_
 inline uint32_t vless(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 inline Vec vround(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec vscale2(Vec a, Vec exponent) { return _mm512_scalef_ps(a, exponent); }  // a * 2^exponent
-// The same, 0 where x <= -126: a subnormal result takes Intel's processors a hundred cycles.
-inline Vec vscale2_normal(Vec a, Vec exponent, Vec x) {
-    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLE_UQ), a, exponent);
-}
+inline Vec vscale2_floor(Vec a, Vec x) { return _mm512_scalef_ps(a, x); }          // a * 2^floor(x)
+inline Vec vfraction(Vec a) { return _mm512_reduce_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }  // a - floor(a)
+
+// While one lives, this thread's subnormal results are 0: made as such, one takes Intel's processors a hundred cycles.
+class FlushSubnormals {
+   public:
+    FlushSubnormals() : before_(_mm_getcsr()) { set(before_ | _MM_FLUSH_ZERO_ON); }
+    ~FlushSubnormals() { set(before_); }
+    FlushSubnormals(const FlushSubnormals&) = delete;
+    FlushSubnormals& operator=(const FlushSubnormals&) = delete;
+
+   private:
+    // What comes from memory and goes to memory stays on its side.
+    static void set(unsigned mode) {
+        __asm__ volatile("" ::: "memory");
+        _mm_setcsr(mode);
+        __asm__ volatile("" ::: "memory");
+    }
+    const unsigned before_;
+};
 
 inline Vec load_bf16(const uint16_t* p) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

@@ -73,7 +73,20 @@ inline Vec vscale2(Vec a, Vec exponent) {
     }
     return r;
 }
-inline Vec vscale2_normal(Vec a, Vec exponent, Vec) { return vscale2(a, exponent); }
+inline Vec vfraction(Vec a) {
+    Vec r;
+    for (int i = 0; i < W; ++i) r[i] = a[i] - std::floor(a[i]);
+    return r;
+}
+// a * 2^floor(x), infinite from x = 128 on
+inline Vec vscale2_floor(Vec a, Vec x) {
+    Vec n;
+    for (int i = 0; i < W; ++i) n[i] = x[i] < 128.0f ? std::floor(x[i]) : 128.0f;
+    return vscale2(a, n);
+}
+struct FlushSubnormals {
+    FlushSubnormals() {}  // powers of 2 have none here
+};
 
 inline float bf16_to_float(uint16_t h) {
     const uint32_t bits = static_cast<uint32_t>(h) << 16;

@@ -28,6 +28,7 @@ namespace FASTATTN_ISA {
 template <bool>
 struct MatrixUnit {
     MatrixUnit() {}  // a thread needs no preparation
+    static void stay_awake() {}
 };
 #endif
 
@@ -77,25 +78,25 @@ FASTATTN_INLINE Vec reduce_each(Vec r[W], Op&& op) {
 
 inline Vec vabs(Vec a) { return vmax(a, vsub(vzero(), a)); }
 
-// 2^x for x <= 0 (or NaN), 0 from about 2^-126 down. Minimax polynomials with value 1 at 0; largest relative
-// error 9.2e-8 and, Fast, 2.9e-6, a thousandth of a bf16 rounding and the error of an lse made of such weights.
+// 2^x, infinite from x = 128 on. What is below 2^-126 is 0, or, on AVX-512 outside FlushSubnormals, subnormal and slow.
+// Minimax polynomials of the fraction with value 1 at 0; largest relative error 8.3e-8 and, Fast, 2.9e-6, a thousandth
+// of a bf16 rounding and the error of an lse made of such weights.
 template <bool Fast>
-inline Vec exp2_nonpositive(Vec x) {
-    if (W < 16) x = vmax(vset(-160.0f), x);  // AVX-512 masks what lies below
-    const Vec n = vround(x);
-    const Vec f = vsub(x, n);
+inline Vec exp2_of(Vec x) {
+    if (W < 16) x = vmax(vset(-160.0f), x);  // -inf has no fraction there
+    const Vec f = vfraction(x);
     Vec p;
     if (Fast) {
-        p = vfma(vset(0.009582853f), f, vset(0.055906426f));
-        p = vfma(p, f, vset(0.24024099f));
-        p = vfma(p, f, vset(0.6931242f));
+        p = vfma(vset(0.013426684f), f, vset(0.052242473f));
+        p = vfma(p, f, vset(0.2412802f));
+        p = vfma(p, f, vset(0.69304484f));
     } else {
-        p = vfma(vset(0.0013264727f), f, vset(0.009671513f));
-        p = vfma(p, f, vset(0.055507336f));
-        p = vfma(p, f, vset(0.24022242f));
-        p = vfma(p, f, vset(0.693147f));
+        p = vfma(vset(0.00186713f), f, vset(0.0090170307f));
+        p = vfma(p, f, vset(0.055799913f));
+        p = vfma(p, f, vset(0.24016444f));
+        p = vfma(p, f, vset(0.6931513f));
     }
-    return vscale2_normal(vfma(p, f, vset(1.0f)), n, x);
+    return vscale2_floor(vfma(p, f, vset(1.0f)), x);
 }
 
 // Element x[i * stride] of any float type as float.
