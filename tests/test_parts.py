@@ -144,3 +144,18 @@ def test_odd_widths_with_gradients(D, Dv, dtype):
         torch.autograd.grad(found, leaves, dout.to(dtype)), torch.autograd.grad(expected, wide, dout.to(dtype).double())
     ):
         assert rms_ratio(a, b) < limit
+
+
+@pytest.mark.parametrize("pad", (0, 1, 2, 33))
+@pytest.mark.parametrize("rows, Lq", ((3, 1), (16, 1), (17, 1), (40, 1), (8, 5)))
+def test_few_queries_read_keys_where_they_lie(rows, Lq, pad):
+    """Rows of keys at any distance, from any address, between numbers that are not theirs."""
+    q, _, _ = qkv(2, rows // Lq, Lq, 64, dtype=torch.bfloat16)
+    room = torch.full((2, 1, 701, 64 + pad), float("nan"), dtype=torch.bfloat16)
+    k = room.flatten()[1 : 1 + 2 * 700 * (64 + pad)].view(2, 1, 700, 64 + pad)[..., :64]
+    k.copy_(torch.randn(k.shape))
+    v = torch.randn(2, 1, 700, 48).bfloat16()
+    found = fastattn.attention(q, k, v, causal="bottom_right", backend="native")
+    assert torch.equal(found, fastattn.attention(q, k.contiguous(), v, causal="bottom_right", backend="native"))
+    wide = [t.double() for t in (q, k, v)]
+    assert rms_ratio(found, fastattn.attention(*wide, causal="bottom_right", backend="reference")) < 8e-3

@@ -5,6 +5,7 @@
 #include "softmax_direct.h"
 #include "softmax_forward_operands.h"
 #include "softmax_group.h"
+#include "softmax_stream.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -31,6 +32,8 @@ class Split {
                        element_size(p.k.dtype) * Math::kPair == 4),
           direct_values_(!Math::kTiles && rows_ <= kDirectValueRows && p.v.stride[3] == 1),
           unpacked_values_(Math::kPair == 1 && p.v.dtype == DType::kFloat32 && p.v.stride[3] == 1 && p.Dv() % W == 0),
+          streamed_(Math::kTiles && Math::kParts == 1 && !p.lse_parts && p.k.stride[3] == 1 && p.k.stride[2] % 2 == 0 &&
+                    p.D() > 0 && p.D() % 32 == 0),
           grouped_(direct_keys_ && rows_ > kDirectValueRows && p.D() % Math::kPair == 0 && p.v.stride[3] == 1 &&
                    p.Dv() % kPanel == 0) {}
 
@@ -67,7 +70,7 @@ class Split {
     int64_t chunk_scratch() const {
         const int64_t keys = direct_keys_ ? 0 : kSlots * layout_.k_tile;
         const int64_t values = direct_values_ ? 0 : kGroupKeys / Math::kPair * Math::kParts * layout_.ldo;
-        const int64_t lanes = grouped_ ? 8 * layout_.d_units : 0;
+        const int64_t lanes = grouped_ ? 8 * layout_.d_units : streamed_ ? round_up(rows_, kRows) * layout_.d_units : 0;
         return round_up(rows_ * (layout_.ldq + layout_.ldo) + Weights<Math>::kFloats + keys + values + lanes + 64, 16);
     }
 
@@ -110,6 +113,10 @@ class Split {
             }
         }
         if (grouped_) pack_lanes(q, static_cast<int>(rows_), layout_.ldq, layout_.d_units, q_lanes);
+        for (int n = 0; n < count && streamed_; ++n) {
+            pack_query_columns(panels[n].q, panels[n].rows, layout_.ldq, layout_.d_units,
+                               q_lanes + n * kRows * layout_.d_units);
+        }
         Source key_rows = key_source(p_, sight_, p_.k, b, hk, &large_),
                value_rows = key_source(p_, sight_, p_.v, b, hk, &large_);
         const int64_t last = least((chunk + 1) * kChunkKeys, p_.Lk());
@@ -124,15 +131,16 @@ class Split {
                 if ((seen[used] = look(panels, count, tile, used)) != 0) packed[used++] = tile;
             }
             if (!used) continue;
-            for (int slot = 0; slot < used && !direct_keys_; ++slot) {
+            // Rows of whole vectors, none hidden, are operands as they lie in memory.
+            bool whole = true;
+            for (int slot = 0; slot < used; ++slot) whole &= seen[slot] == ~uint64_t{0};
+            const bool streamed = streamed_ && whole;
+            for (int slot = 0; slot < used && !direct_keys_ && !streamed; ++slot) {
                 key_rows.seen = seen + slot;
                 key_rows.seen_from = packed[slot];
                 pack_key_tile<Math>(p_, key_rows, packed[slot], keys + slot * layout_.k_tile);
             }
             constexpr int64_t steps = kGroupKeys / Math::kPair * Math::kParts;
-            // Rows of whole vectors, none hidden, are operands as they lie in memory.
-            bool whole = true;
-            for (int slot = 0; slot < used; ++slot) whole &= seen[slot] == ~uint64_t{0};
             const bool grouped = grouped_ && whole, unpacked = unpacked_values_ && !direct_values_ && whole;
             if constexpr (!Math::kTiles) {
                 if (grouped) {
@@ -150,7 +158,14 @@ class Split {
                             direct_scores<Math>(x, key_rows, ahead, packed[slot], p_.D(), p_.Lk(), scores + slot * 64);
                         }
                     }
-                    if (!direct_keys_) {
+                    if constexpr (Math::kTiles) {
+                        for (int slot = 0; slot < used && streamed; ++slot) {
+                            stream_scores<Math>(q_lanes + n * kRows * layout_.d_units, x.rows,
+                                                reinterpret_cast<const float*>(key_rows.at(packed[slot] * 64)),
+                                                key_rows.row / 2, layout_.d_units, scores + slot * 64);
+                        }
+                    }
+                    if (!direct_keys_ && !streamed) {
                         score_tiles<Math>(x, layout_.d_units, scores,
                                           [&](int slot) { return keys + slot * layout_.k_tile; });
                     }
@@ -301,7 +316,7 @@ class Split {
     const Layout<Math> layout_;
     const Sight sight_;
     const int64_t rows_, chunks_;
-    const bool direct_keys_, direct_values_, unpacked_values_, grouped_;  // memory can be read as operands
+    const bool direct_keys_, direct_values_, unpacked_values_, streamed_, grouped_;  // memory can be read as operands
     mutable std::atomic<bool> large_{false};
 };
 
