@@ -62,7 +62,9 @@ def _sdpa(function, query, key, value, attn_mask, dropout_p, is_causal, scale, e
     if any(isinstance(t, Tensor) and t.is_nested for t in (query, key, value)):
         # Ragged batches are torch's own; fastattn takes them packed, not nested.
         return _torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    tensors = (query, key, value, attn_mask)
+    causal = "top_left" if is_causal is True else causal_bias(attn_mask) or False
+    # A causal bias is a subclass for torch's own function; here it is a word.
+    tensors = (query, key, value, None if causal else attn_mask)
     if has_torch_function(tensors):
         return handle_torch_function(
             function, tensors, query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -71,7 +73,6 @@ def _sdpa(function, query, key, value, attn_mask, dropout_p, is_causal, scale, e
     query, key, value = autocast(query, key, value)
     _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     lead, q, k, v = _four_dimensions(query, key, value, enable_gqa)
-    causal = "top_left" if is_causal else _alignment(attn_mask, query, key)
     mask, bias = _split_mask(None if causal else attn_mask, q, k, lead)
     out = attention(q, k, v, mask=mask, bias=bias, causal=causal, dropout_p=dropout_p, scale=scale, backend=backend)
     rank = max(query.dim(), key.dim(), value.dim())
@@ -131,6 +132,10 @@ def _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) -> No
             f"attn_mask {list(attn_mask.shape)} and is_causal are both set ({_sizes(query, key, value)}); "
             "combine them with fastattn.attention(mask=..., causal='top_left')"
         )
+    if causal_bias(attn_mask) and (attn_mask.seq_len_q, attn_mask.seq_len_kv) != (query.shape[-2], key.shape[-2]):
+        raise RuntimeError(
+            f"attn_mask is a CausalBias of {attn_mask.seq_len_q} x {attn_mask.seq_len_kv}: {_sizes(query, key, value)}"
+        )
     if enable_gqa:
         if min(ranks) < 3:
             raise RuntimeError(f"enable_gqa needs a head dimension: {_sizes(query, key, value)}")
@@ -171,16 +176,6 @@ def _four_dimensions(query, key, value, enable_gqa):
         t = t if t.shape == shape else t.expand(shape)
         full.append(t.unsqueeze(0) if t.dim() == 3 else t if t.dim() == 4 else t.flatten(0, -4))
     return lead, *full
-
-
-def _alignment(attn_mask, query, key):
-    """Of a CausalBias; False for other masks."""
-    causal = causal_bias(attn_mask)
-    if causal and (attn_mask.seq_len_q, attn_mask.seq_len_kv) != (query.shape[-2], key.shape[-2]):
-        raise RuntimeError(
-            f"attn_mask is a CausalBias of {attn_mask.seq_len_q} x {attn_mask.seq_len_kv}: {shapes(query=query, key=key)}"
-        )
-    return causal or False
 
 
 def _split_mask(attn_mask, q, k, lead):

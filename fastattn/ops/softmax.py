@@ -193,7 +193,7 @@ def _extras(x, params, mask, bias, slopes, sinks, cu_q, cu_k) -> tuple[SoftmaxTe
         plan, diagonal, params = uncompiled(packed_plan)(cu_q, cu_k, mask, x, params, slopes is not None)
         mask = None
     elif isinstance(mask, TilePlan):
-        if not transformed() and unobserved(*(t for t in mask if isinstance(t, Tensor))):
+        if not transformed() and unobserved(*(t for t in mask if isinstance(t, Tensor) and not t.is_meta)):
             refuse_malformed(mask)
         plan, mask = checks.tile_plan(mask, target, q.device), None
     elif isinstance(mask, Mask):
