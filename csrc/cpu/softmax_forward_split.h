@@ -102,6 +102,7 @@ class Split {
             x.out = out + row * layout_.ldo;
             x.ldo = layout_.ldo;
             x.reset(chunk == 0 ? p_.sinks : nullptr);
+            x.clear_out();
         }
         for (int64_t g = 0; g < p_.group(); ++g) {
             float* rows = q + g * p_.Lq() * layout_.ldq;

@@ -139,6 +139,7 @@ class Tiled {
             for (int m = 0; m < blocks[n].count; ++m) {
                 Panel& x = blocks[n].panels[m];
                 x.add_up();
+                x.clear_out();
                 for (int r = 0; r < x.rows; ++r) finish_row(terms_, x, r, x.top[r], x.total[r], x.out + r * x.ldo);
             }
         }

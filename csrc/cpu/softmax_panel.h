@@ -83,6 +83,7 @@ struct Panel {
     alignas(64) float total[kRows];  // sum of weights, once they are added up
     Vec totals[kRows];               // the same by lane
     uint32_t raised = 0;             // rows whose decay may not be 1
+    bool blank = false;              // nothing has been written to out
     PanelTile tiles[kSlots];
     int count = 0;
 
@@ -94,7 +95,12 @@ struct Panel {
             base[r] = top[r] == -kInfinity ? 0.0f : top[r];
             totals[r] = sink ? vselect(1, vset(1.0f), vzero()) : vzero();
         }
-        memset(out, 0, sizeof(float) * static_cast<size_t>(rows * ldo));
+        blank = true;
+    }
+    // Where it is blank, out is zero from here on.
+    void clear_out() {
+        if (blank) memset(out, 0, sizeof(float) * static_cast<size_t>(rows * ldo));
+        blank = false;
     }
     void add_up() {
         FASTATTN_UNROLL for (int g = 0; g < kRows; g += W) vstore(total + g, reduce_each(totals + g, vadd));
@@ -308,7 +314,7 @@ inline void rescale(const Panel& x) {
 // out = decay * out + weights * values; at(slot) is the first step of that slot's tile in each part of the packed
 // values.
 template <class Math, class At>
-inline void add_values(const Panel& x, float* scores, const float* values, int64_t steps, int64_t vecs, At&& at) {
+inline void add_values(Panel& x, float* scores, const float* values, int64_t steps, int64_t vecs, At&& at) {
     Segment segments[kSlots];
     int count = 0;
     for (int slot = 0; slot < x.count; ++slot) {
@@ -322,6 +328,11 @@ inline void add_values(const Panel& x, float* scores, const float* values, int64
         }
     }
     const Rows weights{Weights<Math>::of(scores), Weights<Math>::kRow, 1, Weights<Math>::kPart};
+    if (x.blank) {
+        x.blank = false;
+        return gemm<Math, Store::kWrite>(x.rows, static_cast<int>(vecs), weights, segments, count, values, steps, x.out,
+                                         x.ldo);
+    }
     if constexpr (Math::kTiles && Math::kParts == 1) {
         // Most rows keep their top, and tiles of sums are loaded faster than added by vectors.
         rescale(x);
