@@ -247,7 +247,7 @@ inline void weigh(const Strip& x, int rows, float factor, float keep_factor, boo
     const auto term = [&](int r, int v, Vec& p, Vec& ds) {
         const int at = r * kPanel + v * W;
         const Vec below = vsub(vload(x.scores + at), vset(x.top[r]));
-        p = exp2_of<Math::kFastExp>(vfma(below, factors, vset(x.tail[r])));
+        p = exp2_normal<Math::kFastExp>(vfma(below, factors, vset(x.tail[r])));
         Vec dp = vload(x.dweights + at), kept = p;
         if (kDropout) {
             const uint32_t keep = static_cast<uint32_t>(x.keep[r] >> (x.shift + v * W));
@@ -301,7 +301,6 @@ inline void weigh(const Strip& x, int rows, float factor, float keep_factor, boo
 
 template <class Math, bool kDropout>
 inline void weigh_strip(const Strip& x, int rows, bool masked, float factor, float keep_factor, bool keep_sums) {
-    const FlushSubnormals flush;
     if (x.damp) {
         weigh<Math, true, kDropout, true>(x, rows, factor, keep_factor, false);
     } else if (masked) {

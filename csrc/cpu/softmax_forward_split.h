@@ -27,7 +27,7 @@ class Split {
           sight_(p, 0),
           rows_(p.Lq() * p.group()),
           chunks_(ceil_div(p.Lk(), kChunkKeys)),
-          // The backward pass sums packed keys, and its scores must be the very ones whose maximum it is given.
+          // The backward pass sums packed keys, and its scores must be the very ones whose top it is given.
           direct_keys_(!Math::kTiles && rows_ <= kDirectKeyRows && !p.lse_parts && p.k.stride[3] == 1 &&
                        element_size(p.k.dtype) * Math::kPair == 4),
           direct_values_(!Math::kTiles && rows_ <= kDirectValueRows && p.v.stride[3] == 1),

@@ -5,7 +5,7 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-// Whether logits are made before the largest is found; else scores are scaled after it is taken off.
+// Whether logits are made before the top is found; else scores are scaled after it is taken off.
 FASTATTN_INLINE bool makes_logits(const SoftmaxParams& p) { return p.bias || p.slopes || p.sinks || p.softcap > 0; }
 
 // c * tanh(x / c) and its derivative.
@@ -19,7 +19,7 @@ class Softcap {
     // would cancel, tanh y = y + y^3 P(y^2) with the polynomial of Cephes' tanhf.
     FASTATTN_INLINE Vec operator()(Vec x, Vec& derivative) const {
         const Vec y = vmul(x, vset(inverse_)), size = vabs(y), square = vmul(y, y), one = vset(1.0f);
-        const Vec e = exp2_of<false>(vmul(size, vset(-2.0f * kLog2e)));
+        const Vec e = exp2_normal<false>(vmul(size, vset(-2.0f * kLog2e)));
         const Vec share = vdiv(one, vadd(one, e)), twice = vmul(vset(2.0f), vmul(e, share));
         derivative = vmul(vmul(twice, vset(2.0f)), share);
         Vec p = vfma(vset(-5.70498872745e-3f), square, vset(2.06390887954e-2f));

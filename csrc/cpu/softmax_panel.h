@@ -35,9 +35,9 @@ struct Weights {
     static float* of(float* scores) { return kInPlace ? scores : scores + kRows * kScoreRow; }
 };
 
-// Sums of weights above this raise the top: larger ones have lost digits of their exponents.
-template <class Math>
-constexpr float kMostWeight = Math::kFastExp ? 65536.0f : 256.0f;
+// A row's top is raised where the weights of a lane, of one group, sum up to this: larger ones have lost digits of
+// their exponents, and take from the range that sums of values have.
+constexpr float kMostWeight = 256.0f;
 
 // Options of a call in the form the inner loops want them.
 struct Terms {
@@ -243,7 +243,8 @@ class Weigher {
     const Vec factor_, keep_factor_;
 };
 
-// Tops of the rows in `which` become their largest logits so far; decays are what that makes of earlier weights.
+// Tops of the rows in `which` become the largest logits of the group, or stay; decays are what that makes of earlier
+// weights.
 inline void raise_tops(const Terms& terms, Panel& x, uint32_t which, const float* scores) {
     const Vec minus_inf = vset(-kInfinity), factor = vset(terms.factor);
     Vec lanes_by_row[kRows];
@@ -271,7 +272,7 @@ inline uint32_t weigh(const Terms& terms, const Panel& x, float* scores, Vec sum
         all = vadd(all, sums[r]);
         if (r % 16 == 15) MatrixUnit<Math::kTiles>::stay_awake();
     }
-    const auto small = [](Vec sum) { return vless(sum, vset(kMostWeight<Math>)) == (1u << W) - 1; };
+    const auto small = [](Vec sum) { return vless(sum, vset(kMostWeight)) == (1u << W) - 1; };
     uint32_t large = 0;
     for (int r = 0; r < x.rows && !small(all); ++r) large |= static_cast<uint32_t>(!small(sums[r])) << r;
     return large;

@@ -78,9 +78,10 @@ FASTATTN_INLINE Vec reduce_each(Vec r[W], Op&& op) {
 
 inline Vec vabs(Vec a) { return vmax(a, vsub(vzero(), a)); }
 
-// 2^x, infinite from x = 128 on. What is below 2^-126 is 0, or, on AVX-512 outside FlushSubnormals, subnormal and slow.
-// Minimax polynomials of the fraction with value 1 at 0; largest relative error 8.3e-8 and, Fast, 2.9e-6, a thousandth
-// of a bf16 rounding and the error of an lse made of such weights.
+// 2^x, infinite (of x = inf perhaps NaN) from x = 128 on. What is below 2^-126 is 0, or, on AVX-512 outside
+// FlushSubnormals, subnormal and slow. Minimax polynomials of the fraction with value 1 at 0; largest relative error
+// 9.4e-8 before rounding and, Fast, 2.9e-6, a thousandth of a bf16 rounding and the error of an lse made of such
+// weights.
 template <bool Fast>
 inline Vec exp2_of(Vec x) {
     if (W < 16) x = vmax(vset(-160.0f), x);  // -inf has no fraction there
@@ -97,6 +98,11 @@ inline Vec exp2_of(Vec x) {
         p = vfma(p, f, vset(0.6931513f));
     }
     return vscale2_floor(vfma(p, f, vset(1.0f)), x);
+}
+// The same, 0 below 2^-126 everywhere.
+template <bool Fast>
+inline Vec exp2_normal(Vec x) {
+    return exp2_of<Fast>(W < 16 ? x : vselect(vless(x, vset(-126.0f)), vset(-1000.0f), x));
 }
 
 // Element x[i * stride] of any float type as float.
