@@ -270,7 +270,7 @@ inline uint32_t weigh(const Terms& terms, const Panel& x, float* scores, Vec sum
     for (int r = 0; r < x.rows; ++r) {
         sums[r] = weigher(r, scores + r * kScoreRow, Weights<Math>::of(scores) + r * Weights<Math>::kRow);
         all = vadd(all, sums[r]);
-        if (r % 16 == 15) MatrixUnit<Math::kTiles>::stay_awake();
+        if (r == kRows / 2) MatrixUnit<Math::kTiles>::stay_awake();
     }
     const auto small = [](Vec sum) { return vless(sum, vset(kMostWeight)) == (1u << W) - 1; };
     uint32_t large = 0;
@@ -312,8 +312,8 @@ inline void rescale(const Panel& x) {
     }
 }
 
-// out = decay * out + weights * values; at(slot) is the first step of that slot's tile in each part of the packed
-// values.
+// out = decay * out + weights * values, or, where it is blank, weights * values; at(slot) is the first step of that
+// slot's tile in each part of the packed values.
 template <class Math, class At>
 inline void add_values(Panel& x, float* scores, const float* values, int64_t steps, int64_t vecs, At&& at) {
     Segment segments[kSlots];

@@ -31,7 +31,6 @@ class Report(NamedTuple):
         return f"{self.structure}, density {self.density:.4g}, {rows}"
 
 
-@data.plainly()
 def recognise(stretches: Iterable[Rows], Lq: int, Lk: int) -> tuple[Mask, Report]:
     """The mask of rows given in order for all queries (Lq >= 1), under the name of the first pattern that fits."""
     stretches = list(stretches)

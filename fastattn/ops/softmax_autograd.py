@@ -69,9 +69,10 @@ def _nothing(q: Tensor) -> Tensor:
     return q.new_empty(0)
 
 
-# lse_parts [B, Hq, Lq, 2], in the dtype of lse: the largest score of a row, or (native) one not far below, in the unit of its
-# backend, and the log of the sum of weights relative to it; (0, -inf) where the row sees nothing. The backward pass reads it in place of lse, which
-# at 1e5 has lost the log and at 1e30 the differences of scores as well. Without with_parts it is empty.
+# lse_parts [B, Hq, Lq, 2], in the dtype of lse: the largest score of a row, or (native) one not far below, in the unit
+# of its backend, and the log of the sum of weights relative to it; (0, -inf) where the row sees nothing. The backward
+# pass reads it in place of lse, which at 1e5 has lost the log and at 1e30 the differences of scores as well. Without
+# with_parts it is empty.
 
 
 def _forward(*args):

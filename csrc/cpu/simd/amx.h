@@ -32,7 +32,7 @@ class MatrixUnit {
     ~MatrixUnit() {
         if (kUsed) __asm__ volatile("tilerelease");
     }
-    // Half a microsecond after a product the unit falls asleep, and the next one takes a quarter of one longer. What is
+    // Some hundred nanoseconds after a product the unit falls asleep, and the next one waits for it to wake. What is
     // multiplied here nobody reads: products begin by setting their sums.
     static void stay_awake() {
         if (kUsed) FASTATTN_TILE_DOT(0, 4, 6);
