@@ -29,7 +29,34 @@ struct Parts {
     static constexpr Product product(int i) { return kOrder[P - 1][i]; }
 };
 
-// R x N tiles of sums in registers 2 r + n, from zero or from `c`; A goes through registers 4 and 5, B through 6 and 7.
+// Adds products [first, last) of the parts of A and B over a segment to R x N tiles of sums in registers 2 r + n; A
+// goes through registers 4 and 5, B through 6 and 7.
+template <class Math, int R, int N, int first, int last>
+FASTATTN_INLINE void add_products(const Rows& x, const Segment& segment, const float* b, int64_t b_steps) {
+    const int64_t a_bytes = x.row * 4, b_bytes = N * W * 4, b_part = b_steps / Math::kParts * N * W;
+    const float *as = x.a + segment.a_at, *bs = b + segment.b_at * N * W;
+    for (int64_t s = segment.steps; s > 0; s -= 16) {
+        FASTATTN_UNROLL for (int i = first; i < last; ++i) {
+            const auto [a_of, b_of] = Math::product(i);
+            if (i == first || a_of != Math::product(i - 1).a) {
+                FASTATTN_TILE_LOAD(4, as + a_of * x.part, a_bytes);
+                if (R == 2) FASTATTN_TILE_LOAD(5, as + a_of * x.part + 16 * x.row, a_bytes);
+            }
+            if (i == first || b_of != Math::product(i - 1).b) {
+                FASTATTN_TILE_LOAD(6, bs + b_of * b_part, b_bytes);
+                if (N == 2) FASTATTN_TILE_LOAD(7, bs + b_of * b_part + W, b_bytes);
+            }
+            FASTATTN_TILE_DOT(0, 4, 6);
+            if (N == 2) FASTATTN_TILE_DOT(1, 4, 7);
+            if (R == 2) FASTATTN_TILE_DOT(2, 5, 6);
+            if (R == 2 && N == 2) FASTATTN_TILE_DOT(3, 5, 7);
+        }
+        as += 16;
+        bs += 16 * N * W;
+    }
+}
+
+// Sums from zero or from `c`.
 template <class Math, int R, int N, bool kFromC>
 FASTATTN_INLINE void tile_sums(const Rows& x, const Segment* segments, int count, const float* b, int64_t b_steps,
                                const float* c, int64_t ldc) {
@@ -44,33 +71,11 @@ FASTATTN_INLINE void tile_sums(const Rows& x, const Segment* segments, int count
         if (R == 2) FASTATTN_TILE_ZERO(2);
         if (R == 2 && N == 2) FASTATTN_TILE_ZERO(3);
     }
-    const int64_t a_bytes = x.row * 4, b_bytes = N * W * 4, b_part = b_steps / Math::kParts;
-    // Steps [a_at, a_at + steps) and [b_at, ...) of products [first, last).
-    const auto add = [&](int first, int last, const Segment& segment) {
-        const float *as = x.a + segment.a_at, *bs = b + segment.b_at * N * W;
-        for (int64_t s = segment.steps; s > 0; s -= 16) {
-            FASTATTN_UNROLL for (int i = first; i < last; ++i) {
-                const auto [a_of, b_of] = Math::product(i);
-                if (i == first || a_of != Math::product(i - 1).a) {
-                    FASTATTN_TILE_LOAD(4, as + a_of * x.part, a_bytes);
-                    if (R == 2) FASTATTN_TILE_LOAD(5, as + a_of * x.part + 16 * x.row, a_bytes);
-                }
-                if (i == first || b_of != Math::product(i - 1).b) {
-                    FASTATTN_TILE_LOAD(6, bs + b_of * b_part * N * W, b_bytes);
-                    if (N == 2) FASTATTN_TILE_LOAD(7, bs + b_of * b_part * N * W + W, b_bytes);
-                }
-                FASTATTN_TILE_DOT(0, 4, 6);
-                if (N == 2) FASTATTN_TILE_DOT(1, 4, 7);
-                if (R == 2) FASTATTN_TILE_DOT(2, 5, 6);
-                if (R == 2 && N == 2) FASTATTN_TILE_DOT(3, 5, 7);
-            }
-            as += 16;
-            bs += 16 * N * W;
-        }
-    };
     constexpr int kLast = Math::kProducts - 1;
-    for (int i = 0; i < count && kLast > 0; ++i) add(0, kLast, segments[i]);
-    for (int i = 0; i < count; ++i) add(kLast, kLast + 1, segments[i]);
+    if constexpr (kLast > 0) {
+        for (int i = 0; i < count; ++i) add_products<Math, R, N, 0, kLast>(x, segments[i], b, b_steps);
+    }
+    for (int i = 0; i < count; ++i) add_products<Math, R, N, kLast, kLast + 1>(x, segments[i], b, b_steps);
 }
 
 template <int R, int N>

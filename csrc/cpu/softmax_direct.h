@@ -30,8 +30,8 @@ FASTATTN_INLINE Vec direct_dots(const float* q, const char* keys, int64_t step, 
     return reduce_each(sums, vadd);
 }
 
-// scores [rows][kScoreRow] of one tile. Past Lk they are 0: masked like any hidden key. Meanwhile memory is asked for
-// 64 keys at `ahead`, if any.
+// scores [rows][Scores<Math>::kRow] of one tile. Past Lk they are 0: masked like any hidden key. Meanwhile memory is
+// asked for 64 keys at `ahead`, if any.
 template <class Math>
 inline void direct_scores(const Panel& x, const Source& keys, const char* ahead, int64_t tile, int64_t D, int64_t Lk,
                           float* scores) {
@@ -44,7 +44,7 @@ inline void direct_scores(const Panel& x, const Source& keys, const char* ahead,
                 for (int64_t at = 0; at < 4 * full; at += 64) __builtin_prefetch(row + at, 0, 2);
             }
             for (int r = 0; r < x.rows; ++r) {
-                vstore(scores + r * kScoreRow + c,
+                vstore(scores + r * Scores<Math>::kRow + c,
                        direct_dots<Math>(x.q + r * x.ldq, keys.at(j), step, full, keys, j, D));
             }
             continue;
@@ -56,7 +56,7 @@ inline void direct_scores(const Panel& x, const Source& keys, const char* ahead,
                 for (int64_t u = 0; j + n < Lk && u < units<Math>(D); u += W) {
                     sum = Math::dot(vload(q + u), load_units<Math>(keys, j + n, u, D), sum);
                 }
-                scores[r * kScoreRow + c + n] = vsum(sum);
+                scores[r * Scores<Math>::kRow + c + n] = vsum(sum);
             }
         }
     }
@@ -107,7 +107,7 @@ inline void direct_values(const Panel& x, const float* weights, const Source& va
     const int64_t size = element_size(values.dtype), step = values.row * size;
     if (!ahead) ahead = rows;
     for (int r = 0; r < x.rows; ++r) {
-        const float* w = weights + r * kScoreRow;
+        const float* w = weights + r * Scores<Math>::kRow;
         float* out = x.out + r * x.ldo;
         int64_t c = 0;
         with_loader(values.dtype, [&](auto load) {

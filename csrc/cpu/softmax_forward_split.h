@@ -71,7 +71,7 @@ class Split {
         const int64_t keys = direct_keys_ ? 0 : kSlots * layout_.k_tile;
         const int64_t values = direct_values_ ? 0 : kGroupKeys / Math::kPair * Math::kParts * layout_.ldo;
         const int64_t lanes = grouped_ ? 8 * layout_.d_units : streamed_ ? round_up(rows_, kRows) * layout_.d_units : 0;
-        return round_up(rows_ * (layout_.ldq + layout_.ldo) + Weights<Math>::kFloats + keys + values + lanes + 64, 16);
+        return round_up(rows_ * (layout_.ldq + layout_.ldo) + Scores<Math>::kFloats + keys + values + lanes + 64, 16);
     }
 
     void place(Panel& x, int64_t b, int64_t hk, int64_t row) const {
@@ -89,7 +89,7 @@ class Split {
         float* q = scratch;
         float* out = q + rows_ * layout_.ldq;
         float* scores = out + rows_ * layout_.ldo;
-        float* keys = scores + Weights<Math>::kFloats;
+        float* keys = scores + Scores<Math>::kFloats;
         float* values = keys + (direct_keys_ ? 0 : kSlots * layout_.k_tile);
         float* q_lanes = values + (direct_values_ ? 0 : kGroupKeys / Math::kPair * Math::kParts * layout_.ldo);
         Panel panels[kDecodeRows / kRows];
@@ -156,14 +156,15 @@ class Split {
                     if constexpr (!Math::kTiles) {
                         for (int slot = 0; slot < used && direct_keys_; ++slot) {
                             const char* ahead = ahead_of(p_.k, key_rows, packed[slot], last, after);
-                            direct_scores<Math>(x, key_rows, ahead, packed[slot], p_.D(), p_.Lk(), scores + slot * 64);
+                            direct_scores<Math>(x, key_rows, ahead, packed[slot], p_.D(), p_.Lk(),
+                                                scores + slot * Scores<Math>::kSlot);
                         }
                     }
                     if constexpr (Math::kTiles) {
                         for (int slot = 0; slot < used && streamed; ++slot) {
                             stream_scores<Math>(q_lanes + n * kRows * layout_.d_units, x.rows,
                                                 reinterpret_cast<const float*>(key_rows.at(packed[slot] * 64)),
-                                                key_rows.row / 2, layout_.d_units, scores + slot * 64);
+                                                key_rows.row / 2, layout_.d_units, scores + slot * Scores<Math>::kSlot);
                         }
                     }
                     if (!direct_keys_ && !streamed) {
@@ -187,15 +188,15 @@ class Split {
                         for (int slot = 0; slot < used; ++slot) {
                             const float* tile = reinterpret_cast<const float*>(value_rows.at(packed[slot] * 64));
                             gemm_unpacked<Math>(x.rows, static_cast<int>(layout_.dv_vecs),
-                                                {scores + slot * 64, kScoreRow, 1}, {0, 0, 64}, tile, value_rows.row,
-                                                x.out, x.ldo);
+                                                {scores + slot * Scores<Math>::kSlot, Scores<Math>::kRow, 1},
+                                                {0, 0, 64}, tile, value_rows.row, x.out, x.ldo);
                         }
                         continue;
                     }
                     rescale(x);
                     for (int slot = 0; slot < used; ++slot) {
                         const char* ahead = ahead_of(p_.v, value_rows, packed[slot], last, after);
-                        direct_values<Math>(x, scores + slot * 64 / Math::kPair, value_rows, ahead, seen[slot],
+                        direct_values<Math>(x, scores + slot * Scores<Math>::kUnits, value_rows, ahead, seen[slot],
                                             packed[slot], p_.Dv());
                     }
                 }
@@ -235,14 +236,14 @@ class Split {
             for (int slot = 0; slot < used; ++slot) {
                 Ahead tile(values.at(tiles[slot] * 64), values, 64, p_.Dv());
                 group_scores<Math>(q_lanes, x.rows, keys.at(tiles[slot] * 64), keys.row * size, layout_.d_units, tile,
-                                   scores + slot * 64);
+                                   scores + slot * Scores<Math>::kSlot);
             }
         });
         rescale(x);
         Ahead next(ahead, keys, kGroupKeys, p_.D());
         for (int slot = 0; slot < used; ++slot) {
-            group_values<Math>(scores + slot * 64 / Math::kPair, x.rows, values.at(tiles[slot] * 64), values.row * size,
-                               p_.Dv(), next, x.out, x.ldo);
+            group_values<Math>(scores + slot * Scores<Math>::kUnits, x.rows, values.at(tiles[slot] * 64),
+                               values.row * size, p_.Dv(), next, x.out, x.ldo);
         }
     }
 

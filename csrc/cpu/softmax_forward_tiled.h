@@ -9,10 +9,12 @@ namespace FASTATTN_ISA {
 namespace {
 
 constexpr int64_t kBlockRows = 64;                 // query rows of a block
-constexpr int kMaxBlocks = 4;                      // blocks of a task
+constexpr int kMaxBlocks = 8;                      // blocks of a task
 constexpr int64_t kWaveBytes = int64_t{48} << 20;  // packed keys and values held at once
-constexpr int64_t kLocalBytes = 640 << 10;         // packed head that fits beside the work in a second-level cache
 constexpr int64_t kStretchBytes = 512 << 10;       // keys and values that all blocks of a task read in turn
+// A packed head that fits beside the work in a second-level cache: 2 MiB where there are matrix tiles, else 1 MiB.
+template <class Math>
+constexpr int64_t kOwnBytes = (Math::kTiles ? 1664 : 640) << 10;
 
 template <class Math>
 class Tiled {
@@ -35,35 +37,33 @@ class Tiled {
 
    private:
     void work() {
-        const int64_t heads = p_.B() * p_.Hk(), size = layout_.head_size();
+        const int64_t heads = p_.B() * p_.Hk(), own = own_heads(heads), size = layout_.head_size();
+        const int64_t shared = least(heads - own, most<int64_t>(1, kWaveBytes / (size * 4 + 1)));
         const int64_t scratch = block_scratch();
-        const bool local = heads >= 8 * p_.threads && size * 4 <= kLocalBytes;
-        const int64_t wave = local ? p_.threads : most<int64_t>(1, least(heads, kWaveBytes / (size * 4 + 1)));
-        const Scratch packed(wave * size * 4), blocks(p_.threads * scratch * 4);
+        const Scratch packed(most<int64_t>(own ? p_.threads : 0, shared) * size * 4), blocks(p_.threads * scratch * 4);
         std::atomic<int> members{0};
-        if (local) {
-            std::atomic<int64_t> next{0};
+        std::atomic<int64_t> next{0};
+        if (own) {
             run_team(p_.threads, [&] {
                 const MatrixUnit<Math::kTiles> unit;
                 const int me = members.fetch_add(1);
                 float* mine = packed.as<float>() + me * size;
-                for (int64_t head; (head = next.fetch_add(1)) < heads;) {
+                for (int64_t head; (head = next.fetch_add(1)) < own;) {
                     for (int64_t tile = 0; tile < layout_.tiles; ++tile) pack(head, tile, mine);
                     for (int64_t task = 0; task < head_tasks_; ++task) {
                         attend(head, task, mine, blocks.as<float>() + me * scratch);
                     }
                 }
             });
-            return;
         }
-        for (int64_t first = 0; first < heads; first += wave) {
-            const int64_t count = least(wave, heads - first);
+        for (int64_t first = own; first < heads; first += shared) {
+            const int64_t count = least(shared, heads - first);
             parallel_for(p_.threads, count * layout_.tiles, [&](int64_t task) {
                 const int64_t at = task / layout_.tiles;
                 pack(first + at, task % layout_.tiles, packed.as<float>() + at * size);
             });
-            std::atomic<int64_t> next{0};
             members = 0;
+            next = 0;
             run_team(p_.threads, [&] {
                 const MatrixUnit<Math::kTiles> unit;
                 const int me = members.fetch_add(1);
@@ -78,16 +78,25 @@ class Tiled {
         }
     }
 
+    // Heads that threads pack for themselves, each its own: they fit, and stay, in second-level caches. All of many,
+    // and of few that take equally long as many as occupy every thread; the others are shared.
+    int64_t own_heads(int64_t heads) const {
+        if (layout_.head_size() * 4 > kOwnBytes<Math>) return 0;
+        if (heads >= 8 * p_.threads) return heads;
+        return sight_.alike() ? heads - heads % p_.threads : 0;
+    }
+
     // Where a head leaves no room in a second-level cache, several blocks go through it together, stretch by stretch.
     // Which keys a block takes at once, and so its result, is the same.
     int blocks_of_task() const {
-        const bool large = Math::kTiles && layout_.head_size() * 4 > 2 * kStretchBytes;
-        const int64_t tasks = p_.B() * p_.Hq() * ceil_div(p_.Lq(), kMaxBlocks * kBlockRows);
-        return large && tasks >= 4 * p_.threads ? kMaxBlocks : 1;
+        if (!Math::kTiles || layout_.head_size() * 4 <= 2 * kStretchBytes) return 1;
+        int blocks = kMaxBlocks;
+        while (blocks > 1 && p_.B() * p_.Hq() * ceil_div(p_.Lq(), blocks * kBlockRows) < 4 * p_.threads) blocks /= 2;
+        return blocks;
     }
 
     int64_t block_floats() const { return kBlockRows * (layout_.ldq + layout_.ldo); }
-    int64_t block_scratch() const { return round_up(blocks_ * block_floats() + Weights<Math>::kFloats + 64, 16); }
+    int64_t block_scratch() const { return round_up(blocks_ * block_floats() + Scores<Math>::kFloats + 64, 16); }
 
     void pack(int64_t head, int64_t tile, float* out) const {
         const int64_t b = head / p_.Hk(), hk = head % p_.Hk();

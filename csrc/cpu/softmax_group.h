@@ -40,8 +40,8 @@ inline void pack_lanes(const float* q, int rows, int64_t ldq, int64_t units, flo
     }
 }
 
-// scores [rows][kScoreRow] of the 64 keys from `keys` on, `step` bytes apart: W keys at a time against 8 rows, which
-// are the lanes. No sum over lanes, no copy of the keys.
+// scores [rows][Scores<Math>::kRow] of the 64 keys from `keys` on, `step` bytes apart: W keys at a time against 8 rows,
+// which are the lanes. No sum over lanes, no copy of the keys.
 template <class Math>
 inline void group_scores(const float* q_lanes, int rows, const char* keys, int64_t step, int64_t units, Ahead& ahead,
                          float* scores) {
@@ -62,11 +62,11 @@ inline void group_scores(const float* q_lanes, int rows, const char* keys, int64
             }
             ahead.ask();
         }
-        store_transposed(sums, rows, scores + c, kScoreRow);
+        store_transposed(sums, rows, scores + c, Scores<Math>::kRow);
     }
 }
 
-// out [R][ldo] += weights [R][kScoreRow] * values of one tile, its 64 keys seen; 2 Vec of columns at a time.
+// out [R][ldo] += weights [R][Scores<Math>::kRow] * values of one tile, its 64 keys seen; 2 Vec of columns at a time.
 template <class Math, int R, class Load>
 inline void group_columns(const float* weights, const char* rows, int64_t step, Ahead& ahead, float* out, int64_t ldo,
                           Load&& load) {
@@ -79,7 +79,7 @@ inline void group_columns(const float* weights, const char* rows, int64_t step, 
         Vec value[2];
         load(rows, step, value);
         FASTATTN_UNROLL for (int r = 0; r < R; ++r) {
-            const Vec w = vset(weights[r * kScoreRow + n]);
+            const Vec w = vset(weights[r * Scores<Math>::kRow + n]);
             acc[r][0] = Math::dot(w, value[0], acc[r][0]);
             acc[r][1] = Math::dot(w, value[1], acc[r][1]);
         }

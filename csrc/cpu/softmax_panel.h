@@ -20,19 +20,19 @@ constexpr int kRows = 16;
 constexpr int kTrim = 16;
 constexpr int kSlots = 4;
 #endif
-constexpr int kGroupKeys = kSlots * 64;     // = columns of the score buffer
-constexpr int kScoreRow = kGroupKeys + 16;  // floats between rows of scores: not a multiple of a cache page
+constexpr int kGroupKeys = kSlots * 64;  // = columns of the score buffer
 constexpr int kPanelsPerTile = 64 / kPanel;
 static_assert(kTrim % W == 0 && kRows % W == 0, "");
 
-// Where the units of weights lie: in place of the scores, or, of several parts, behind them.
+// A row of scores, slot by slot, and of the units of weights that take their place: each part of a slot's after the
+// other, or, of one part, all slots' one after another.
 template <class Math>
-struct Weights {
-    static constexpr bool kInPlace = Math::kParts == 1;
-    static constexpr int kPart = kGroupKeys / Math::kPair;  // units between parts
-    static constexpr int kRow = kInPlace ? kScoreRow : Math::kParts * kPart + 16;
-    static constexpr int kFloats = kRows * (kScoreRow + (kInPlace ? 0 : kRow));  // of scores and weights
-    static float* of(float* scores) { return kInPlace ? scores : scores + kRows * kScoreRow; }
+struct Scores {
+    static constexpr int kPart = 64 / Math::kPair;  // units of a slot
+    static constexpr int kSlot = kPart * Math::kParts > 64 ? kPart * Math::kParts : 64;
+    static constexpr int kUnits = Math::kParts == 1 ? kPart : kSlot;
+    static constexpr int kRow = kSlots * kSlot + 16;  // floats between rows: not a multiple of a cache page
+    static constexpr int kFloats = kRows * kRow;
 };
 
 // A row's top is raised where the weights of a lane, of one group, sum up to this: larger ones have lost digits of
@@ -129,8 +129,7 @@ struct Panel {
     }
 };
 
-// scores [rows][kScoreRow] of the panel's tiles; keys(slot) is the packed K^T of the tile in that slot, `steps` of all
-// parts.
+// Scores of the panel's tiles; keys(slot) is the packed K^T of the tile in that slot, `steps` of all parts.
 template <class Math, class Keys>
 inline void score_tiles(const Panel& x, int64_t steps, float* scores, Keys&& keys) {
     const Segment whole{0, 0, steps / Math::kParts};
@@ -139,34 +138,36 @@ inline void score_tiles(const Panel& x, int64_t steps, float* scores, Keys&& key
         const int first = t.c0 / kPanel, last = (t.c1 + kPanel - 1) / kPanel;
         int vecs = 2 * (last - first), next = slot + 1;
         // Neighbours in memory and in the score buffer are one product.
-        while (last == kPanelsPerTile && next < x.count && x.tiles[next].c0 == 0 && x.tiles[next - 1].c1 == 64 &&
-               keys(next) == keys(next - 1) + kPanelsPerTile * kPanel * steps) {
+        while (Scores<Math>::kSlot == 64 && last == kPanelsPerTile && next < x.count && x.tiles[next].c0 == 0 &&
+               x.tiles[next - 1].c1 == 64 && keys(next) == keys(next - 1) + kPanelsPerTile * kPanel * steps) {
             vecs += 2 * ((x.tiles[next].c1 + kPanel - 1) / kPanel);
             ++next;
         }
         gemm<Math, Store::kWrite>(x.rows, vecs, {x.q, x.ldq, 1, x.ldq / Math::kParts}, &whole, 1,
-                                  keys(slot) + first * kPanel * steps, steps, scores + slot * 64 + first * kPanel,
-                                  kScoreRow);
+                                  keys(slot) + first * kPanel * steps, steps,
+                                  scores + slot * Scores<Math>::kSlot + first * kPanel, Scores<Math>::kRow);
         slot = next;
     }
 }
 
 // Scores of one row to logits.
+template <class Math>
 inline void make_logits(const Terms& terms, const Panel& x, int r, float* row) {
     const RowLogits logits(terms.p, x.b, x.head[r], x.i[r]);
     for (int slot = 0; slot < x.count; ++slot) {
         const PanelTile& t = x.tiles[slot];
-        float* s = row + slot * 64;
+        float* s = row + slot * Scores<Math>::kSlot;
         for (int c = t.c0; c < t.c1; c += W) vstore(s + c, logits(vload(s + c), t.tile * 64 + c).z);
     }
 }
 
 // The largest logit of each lane among those that the row sees.
+template <class Math>
 inline Vec largest(const Panel& x, int r, const float* row) {
     Vec top = vset(-kInfinity), other = top;
     for (int slot = 0; slot < x.count; ++slot) {
         const PanelTile& t = x.tiles[slot];
-        const float* s = row + slot * 64;
+        const float* s = row + slot * Scores<Math>::kSlot;
         if (t.full) {
             for (int c = t.c0; c < t.c1; c += 2 * W) {
                 top = vmax(vload(s + c), top);
@@ -188,7 +189,8 @@ class Weigher {
     Weigher(const Terms& terms, const Panel& x)
         : terms_(terms), x_(x), factor_(vset(terms.factor)), keep_factor_(vset(terms.dropout.factor)) {}
 
-    FASTATTN_INLINE Vec operator()(int r, const float* row, float* weights) const {
+    // Row r, its units in place of the scores.
+    FASTATTN_INLINE Vec operator()(int r, float* row) const {
         const Vec base = vset(x_.base[r]);
         Vec sum = vzero(), other = vzero();
         for (int slot = 0; slot < x_.count; ++slot) {
@@ -197,22 +199,33 @@ class Weigher {
             if (kDropout) {
                 keep = keep_word(terms_.dropout, x_.b * terms_.p.Hq() + x_.head[r], x_.i[r], t.tile);
             }
-            float* units = weights + slot * 64 / Math::kPair;
-            const float* z = row + slot * 64;
+            float* units = row + slot * Scores<Math>::kUnits;
+            const float* z = row + slot * Scores<Math>::kSlot;
             if (t.full) {
+                // The first keys' units may lie where the last keys' scores are.
+                Vec all[64 / W];
+                FASTATTN_UNROLL for (int n = 0; n < 64 / W && kApart; ++n) all[n] = vload(z + n * W);
                 FASTATTN_UNROLL for (int c = 0; c < 64; c += 2 * W) {
-                    block<false>(c, true, z, base, 0, keep, units, sum, other);
+                    const Vec first = kApart ? all[c / W] : vload(z + c);
+                    const Vec second = kApart ? all[c / W + 1] : vload(z + c + W);
+                    block<false>(c, true, first, second, base, 0, keep, units, sum, other);
                 }
                 continue;
             }
+            alignas(64) float copy[64];
+            if (kApart) z = static_cast<float*>(memcpy(copy, z, sizeof copy));
             for (int c = t.c0; c < t.c1; c += 2 * W) {
-                block<true>(c, c + W < t.c1, z, base, t.bits[r], keep, units, sum, other);
+                const bool pair = c + W < t.c1;
+                block<true>(c, pair, vload(z + c), pair ? vload(z + c + W) : vzero(), base, t.bits[r], keep, units, sum,
+                            other);
             }
         }
         return vadd(sum, other);
     }
 
    private:
+    static constexpr bool kApart = Math::kParts > 1;
+
     // 2^((z - base) * factor)
     template <bool kHidden>
     FASTATTN_INLINE Vec weight(Vec z, Vec base, uint64_t seen, uint64_t keep, Vec& sum) const {
@@ -223,17 +236,16 @@ class Weigher {
     }
     // The 2 W keys from c on, or, unless `pair`, W.
     template <bool kHidden>
-    FASTATTN_INLINE void block(int c, bool pair, const float* z, Vec base, uint64_t seen, uint64_t keep, float* units,
+    FASTATTN_INLINE void block(int c, bool pair, Vec z, Vec next, Vec base, uint64_t seen, uint64_t keep, float* units,
                                Vec& sum, Vec& other) const {
-        const Vec first = weight<kHidden>(vload(z + c), base, seen >> c, keep >> c, sum);
-        const Vec second =
-            pair ? weight<kHidden>(vload(z + c + W), base, seen >> (c + W), keep >> (c + W), other) : vzero();
+        const Vec first = weight<kHidden>(z, base, seen >> c, keep >> c, sum);
+        const Vec second = pair ? weight<kHidden>(next, base, seen >> (c + W), keep >> (c + W), other) : vzero();
         if constexpr (Math::kPair == 1) {
             vstore(units + c, first);
             if (pair) vstore(units + c + W, second);
         } else {
 #ifdef FASTATTN_HAS_BF16_DOT
-            store_neighbours<Math>(units + c / 2, Weights<Math>::kPart, first, second);
+            store_neighbours<Math>(units + c / 2, Scores<Math>::kPart, first, second);
 #endif
         }
     }
@@ -245,11 +257,12 @@ class Weigher {
 
 // Tops of the rows in `which` become the largest logits of the group, or stay; decays are what that makes of earlier
 // weights.
+template <class Math>
 inline void raise_tops(const Terms& terms, Panel& x, uint32_t which, const float* scores) {
     const Vec minus_inf = vset(-kInfinity), factor = vset(terms.factor);
     Vec lanes_by_row[kRows];
     for (int r = 0; r < kRows; ++r) {
-        lanes_by_row[r] = which >> r & 1 ? largest(x, r, scores + r * kScoreRow) : minus_inf;
+        lanes_by_row[r] = which >> r & 1 ? largest<Math>(x, r, scores + r * Scores<Math>::kRow) : minus_inf;
     }
     FASTATTN_UNROLL for (int g = 0; g < kRows; g += W) {
         const Vec before = vload(x.top + g), decay = vload(x.decay + g);
@@ -268,7 +281,7 @@ inline uint32_t weigh(const Terms& terms, const Panel& x, float* scores, Vec sum
     const Weigher<Math, kDropout> weigher(terms, x);
     Vec all = vzero();
     for (int r = 0; r < x.rows; ++r) {
-        sums[r] = weigher(r, scores + r * kScoreRow, Weights<Math>::of(scores) + r * Weights<Math>::kRow);
+        sums[r] = weigher(r, scores + r * Scores<Math>::kRow);
         all = vadd(all, sums[r]);
         if (r == kRows / 2) MatrixUnit<Math::kTiles>::stay_awake();
     }
@@ -280,9 +293,9 @@ inline uint32_t weigh(const Terms& terms, const Panel& x, float* scores, Vec sum
 
 // One step of the online softmax: weights are made of the scores that `make_scores` makes, totals move on. A row's top
 // is found in the first keys it sees. It is raised only where weights have become too large for exact sums: then the
-// scores, in whose place they may be, are made once more. Whether that happens to a row depends on no other.
-template <class Math, class Scores>
-inline void softmax_step(const Terms& terms, Panel& x, float* scores, Scores&& make_scores) {
+// scores, in whose place they are, are made once more. Whether that happens to a row depends on no other.
+template <class Math, class Make>
+inline void softmax_step(const Terms& terms, Panel& x, float* scores, Make&& make_scores) {
     uint32_t raise = 0;
     FASTATTN_UNROLL for (int g = 0; g < kRows; g += W) {
         raise |= vless(vabs(vload(x.top + g)), vset(kInfinity)) << g;
@@ -293,9 +306,10 @@ inline void softmax_step(const Terms& terms, Panel& x, float* scores, Scores&& m
     x.raised = 0;
     do {
         make_scores();
-        for (int r = 0; terms.logits && r < x.rows; ++r) make_logits(terms, x, r, scores + r * kScoreRow);
+        for (int r = 0; terms.logits && r < x.rows; ++r)
+            make_logits<Math>(terms, x, r, scores + r * Scores<Math>::kRow);
         const FlushSubnormals flush;
-        if (raise) raise_tops(terms, x, raise, scores);
+        if (raise) raise_tops<Math>(terms, x, raise, scores);
         raise =
             terms.has_dropout ? weigh<Math, true>(terms, x, scores, sums) : weigh<Math, false>(terms, x, scores, sums);
         raise &= ~x.raised;
@@ -320,7 +334,8 @@ inline void add_values(Panel& x, float* scores, const float* values, int64_t ste
     int count = 0;
     for (int slot = 0; slot < x.count; ++slot) {
         const PanelTile& t = x.tiles[slot];
-        const Segment s{(slot * 64 + t.c0) / Math::kPair, at(slot) + t.c0 / Math::kPair, (t.c1 - t.c0) / Math::kPair};
+        const Segment s{slot * Scores<Math>::kUnits + t.c0 / Math::kPair, at(slot) + t.c0 / Math::kPair,
+                        (t.c1 - t.c0) / Math::kPair};
         Segment* last = count ? segments + count - 1 : nullptr;
         if (last && last->a_at + last->steps == s.a_at && last->b_at + last->steps == s.b_at) {
             last->steps += s.steps;
@@ -328,7 +343,7 @@ inline void add_values(Panel& x, float* scores, const float* values, int64_t ste
             segments[count++] = s;
         }
     }
-    const Rows weights{Weights<Math>::of(scores), Weights<Math>::kRow, 1, Weights<Math>::kPart};
+    const Rows weights{scores, Scores<Math>::kRow, 1, Scores<Math>::kPart};
     if (x.blank) {
         x.blank = false;
         return gemm<Math, Store::kWrite>(x.rows, static_cast<int>(vecs), weights, segments, count, values, steps, x.out,

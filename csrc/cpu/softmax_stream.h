@@ -19,7 +19,8 @@ inline void pack_query_columns(const float* q, int rows, int64_t ldq, int64_t un
     }
 }
 
-// scores [rows][kScoreRow] of the 64 keys from `keys` on, `row` units apart, none hidden; `units` a multiple of 16.
+// scores [rows][Scores<Math>::kRow] of the 64 keys from `keys` on, `row` units apart, none hidden; `units` a multiple
+// of 16.
 template <class Math>
 inline void stream_scores(const float* columns, int rows, const float* keys, int64_t row, int64_t units,
                           float* scores) {
@@ -32,7 +33,8 @@ inline void stream_scores(const float* columns, int rows, const float* keys, int
             Vec block[W];
             FASTATTN_UNROLL for (int i = 0; i < W; ++i) block[i] = vload(sums + (c + i) * vecs * W + first);
             transpose(block);
-            for (int i = 0; i < W && first + i < rows; ++i) vstore(scores + (first + i) * kScoreRow + c, block[i]);
+            for (int i = 0; i < W && first + i < rows; ++i)
+                vstore(scores + (first + i) * Scores<Math>::kRow + c, block[i]);
         }
     }
 }

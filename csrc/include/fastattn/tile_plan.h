@@ -87,6 +87,9 @@ class Sight {
     Sight(const Sight&) = delete;
     Sight& operator=(const Sight&) = delete;
 
+    // Whether all heads see the same keys, and so take equally long.
+    FASTATTN_INLINE bool alike() const { return plan.batches * plan.heads == 1; }
+
     TilePlanView plan;               // row_start is null without a mask
     const uint64_t* seen = nullptr;  // [B][Hk][words], null where the range [first, last) decides alone
     int64_t first = 0, last = 0, words = 0;
