@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import platform
 import shutil
@@ -43,6 +44,25 @@ def nan_in_uninitialised_memory():
             patch.setattr(owner, name, _filled(getattr(owner, name)))
         if native._C is not None:
             native._C.poison_scratch(True)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def triton_searched_once():
+    """At every call of a device function Triton's interpreter looks through its whole language for what to patch."""
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            from triton.runtime import interpreter
+
+            is_builtin = interpreter.tl.core.is_builtin
+            search = functools.cache(lambda module: [n for n, x in inspect.getmembers(module) if is_builtin(x)])
+
+            def patch_builtin(module, builder, scope):
+                for name in search(module):
+                    if is_builtin(getattr(module, name)):  # and not patched by a caller
+                        interpreter._patch_attr(module, name, getattr(module, name), builder, scope)
+
+            patch.setattr(interpreter, "_patch_builtin", patch_builtin)
         yield
 
 
