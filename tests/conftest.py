@@ -7,6 +7,7 @@ import inspect
 import os
 import platform
 import shutil
+from collections import Counter
 
 import cuda_build
 import pytest
@@ -88,9 +89,10 @@ def checkout(tmp_path_factory):
 
 
 def pytest_collection_modifyitems(items):
-    """Files with slow tests first: run last, they would leave the other processes idle."""
+    """Files with slow tests first, then by the number of tests: run last, long ones would leave the other processes idle."""
     slow = {item.path for item in items if item.get_closest_marker("slow") or item.path.name == "test_isa.py"}
-    items.sort(key=lambda item: item.path not in slow)
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in slow, -tests[item.path], item.path))
 
 
 @pytest.hookimpl(wrapper=True)
