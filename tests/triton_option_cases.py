@@ -159,7 +159,7 @@ PLANS = {
     "window_or_prefix": (masks.causal() & masks.window(20, 0) | masks.prefix(torch.tensor([5, 70])), 130, 200),
     "neighborhood": (masks.neighborhood((13, 10), 5), 130, 130),
     "random": (dense(65, 130), 65, 130),
-    "batches_and_heads": (dense(2, 2, 130, 64, density=0.3), 130, 64),
+    "batches_and_heads": (dense(2, 2, 70, 64, density=0.3), 70, 64),
     "heads": (some_tiles(1, 2, 130, 320), 130, 320),
     "batches": (some_tiles(2, 1, 200, 130), 200, 130),
     # The first tile of queries sees nothing, the others begin or end with such rows; nobody sees the last tile of keys.
