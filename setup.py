@@ -170,6 +170,26 @@ def copy_whole(source: Path | str, target: Path) -> None:
     os.replace(partial, target)
 
 
+def build_folder(kind: str) -> Path:
+    return ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{kind}"
+
+
+def sanitized() -> bool:
+    return os.environ.get("FASTATTN_SANITIZE") == "1"
+
+
+def native_options(output: Path) -> dict[str, object]:
+    without_cuda = MODE != "cuda" or os.environ.get("FASTATTN_CUDA_LIBRARY")
+    return {
+        "CMAKE_LIBRARY_OUTPUT_DIRECTORY": output,
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": importlib.import_module("pybind11").get_cmake_dir(),
+        "FASTATTN_MODULE_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
+        "FASTATTN_SANITIZE": "ON" if sanitized() else "OFF",
+        **({"FASTATTN_CUDA_ARCHS": ""} if without_cuda else cuda_options()),
+    }
+
+
 class BuildExtension(build_ext):
     def run(self) -> None:
         super().run()
@@ -183,23 +203,13 @@ class BuildExtension(build_ext):
         return outfile, 1
 
     def build_extension(self, ext: Extension) -> None:
-        pybind11 = importlib.import_module("pybind11")
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        sanitize = os.environ.get("FASTATTN_SANITIZE") == "1"
         shared = os.environ.get("FASTATTN_CUDA_LIBRARY")
-        kind = "editable" if self.editable_mode else "sanitize" if sanitize else "wheel"
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{kind}"
+        kind = "editable" if self.editable_mode else "sanitize" if sanitized() else "wheel"
+        build = build_folder(kind)
         if kind == "wheel":  # an isolated build leaves a cache full of paths that are gone
             shutil.rmtree(build, ignore_errors=True)
-        options = {
-            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target.parent,
-            "Python_EXECUTABLE": sys.executable,
-            "pybind11_DIR": pybind11.get_cmake_dir(),
-            "FASTATTN_MODULE_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
-            "FASTATTN_SANITIZE": "ON" if sanitize else "OFF",
-            **(cuda_options() if MODE == "cuda" and not shared else {"FASTATTN_CUDA_ARCHS": ""}),
-        }
-        run_cmake(build, options)
+        run_cmake(build, native_options(target.parent))
         folder = self.package_folder()
         record = json.loads((build / "build_info.json").read_text())
         if self.editable_mode and MODE != "cuda":
@@ -225,6 +235,23 @@ class BuildCuda(Command):
     def run(self) -> None:
         folder = Path(self.build_dir).resolve()
         run_cmake(folder, {**cuda_options(), "FASTATTN_CUDA_ONLY": "ON", "CMAKE_LIBRARY_OUTPUT_DIRECTORY": folder})
+
+
+class BuildObjects(Command):
+    """All that an editable install would compile."""
+
+    user_options: list[tuple[str, str, str]] = []
+
+    def initialize_options(self) -> None:
+        pass
+
+    def finalize_options(self) -> None:
+        pass
+
+    def run(self) -> None:
+        if MODE != "none":
+            folder = build_folder("editable")
+            run_cmake(folder, native_options(folder))
 
 
 class BuildPython(build_py):
@@ -304,6 +331,7 @@ setup(
     cmdclass={
         "build_cuda": BuildCuda,
         "build_ext": BuildExtension,
+        "build_objects": BuildObjects,
         "build_py": BuildPython,
         "sdist": SourceDistribution,
     },

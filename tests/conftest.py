@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import platform
 import shutil
+from collections import Counter
 
 import cuda_build
 import pytest
@@ -46,6 +48,25 @@ def nan_in_uninitialised_memory():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def triton_searched_once():
+    """At every call of a device function Triton's interpreter looks through its whole language for what to patch."""
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            from triton.runtime import interpreter
+
+            is_builtin = interpreter.tl.core.is_builtin
+            search = functools.cache(lambda module: [n for n, x in inspect.getmembers(module) if is_builtin(x)])
+
+            def patch_builtin(module, builder, scope):
+                for name in search(module):
+                    if is_builtin(getattr(module, name)):  # and not patched by a caller
+                        interpreter._patch_attr(module, name, getattr(module, name), builder, scope)
+
+            patch.setattr(interpreter, "_patch_builtin", patch_builtin)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
@@ -68,9 +89,10 @@ def checkout(tmp_path_factory):
 
 
 def pytest_collection_modifyitems(items):
-    """Files with slow tests first: run last, they would leave the other processes idle."""
+    """Files with slow tests first, then by the number of tests: run last, long ones would leave the other processes idle."""
     slow = {item.path for item in items if item.get_closest_marker("slow") or item.path.name == "test_isa.py"}
-    items.sort(key=lambda item: item.path not in slow)
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in slow, -tests[item.path], item.path))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -20,10 +20,10 @@ def kernel_sources() -> list[Path]:
     return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 
-def compile_cuda(*command) -> str:
-    """What nvcc says; no process of it needs more than MOST_MEMORY."""
+def compile_cuda(*command, **options) -> str:
+    """What nvcc says, or a build that runs it; no process of it needs more than MOST_MEMORY."""
     with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(list(map(str, command)), stdout=said, stderr=said)
+        process = subprocess.Popen(list(map(str, command)), stdout=said, stderr=said, **options)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         said.seek(0)

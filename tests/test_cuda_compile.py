@@ -69,6 +69,7 @@ def gradient_kernels(kernels: dict[str, list[str]]) -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_nothing_spills(compiled):
     for source, (_, text) in compiled.items():
         functions = re.findall(r"properties for (\S+)\n\s+(\d+) bytes stack frame, (\d+) bytes spill", text)

@@ -26,7 +26,8 @@ CASES = [
         {"B": 1, "lengths": (4, 0, 5), **DELTA}, {"layout": "blhd", "decay": "bhl"}, {"layout": "lbhd", **DELTA}, {"layout": "last_strided", "Hk": 4},
     )
 ]  # fmt: skip
-UTILS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+STATIC = ("test_schema", "test_autograd_registration", "test_faketensor")
+UTILS = (*STATIC, "test_aot_dispatch_dynamic")  # most of the time: once for each operator
 
 
 def op_arguments(case, dtype):
@@ -50,9 +51,10 @@ def test_opcheck(case, backend):
     torch.library.opcheck(torch.ops.fastattn.linear_forward.default, values, test_utils=UTILS)
     out, _, _, saved = torch.ops.fastattn.linear_forward(*values)
     given = [t is not None for t in tensors[:7]]
-    for needs, dkv, dz in ((given, x.dkv, x.dz), ([False, True, *(False,) * 5], None, None)):
+    one = [False, True, *(False,) * 5]
+    for needs, dkv, dz, utils in ((given, x.dkv, x.dz, UTILS), (one, None, None, STATIC)):
         values = (x.dout, dkv, dz, *tensors, out, saved, *params, needs, backend)
-        torch.library.opcheck(torch.ops.fastattn.linear_backward.default, values, test_utils=UTILS)
+        torch.library.opcheck(torch.ops.fastattn.linear_backward.default, values, test_utils=utils)
 
 
 def loss(x, options, backend):

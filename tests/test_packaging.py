@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import reuse_objects
 import torch
 from packaging_tools import BIN, NOT_SOURCE, ROOT, pip, run, unpacked, wheel_names
 
@@ -31,10 +32,44 @@ def sdist(checkout, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory) -> Path:
-    """Built from the sdist in pip's isolated environment: only [build-system].requires is there, torch is not."""
+    """Built from the sdist in pip's isolated environment: only [build-system].requires is there, torch is not.
+
+    Objects that the editable install has of the same files by the same commands are not compiled once more.
+    """
     folder = tmp_path_factory.mktemp("wheel")
-    pip("wheel", "--no-deps", "-w", folder, sdist, FASTATTN_BUILD="cpu")
+    editable = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-editable"
+    launcher = ";".join(map(str, (sys.executable, ROOT / "tests" / "reuse_objects.py", editable)))
+    pip("wheel", "--no-deps", "-w", folder, sdist, FASTATTN_BUILD="cpu", CMAKE_CXX_COMPILER_LAUNCHER=launcher)
     return next(folder.glob("*.whl"))
+
+
+def test_objects_are_reused_only_for_the_same_files_and_commands(tmp_path):
+    """What `wheel` leaves to reuse_objects.py: as a build that has made its object, and another on a copy of the sources."""
+    made = tmp_path / "made" / "build" / "a.o"
+    for name in ("made", "copy"):
+        for file in ("cpu/a.cpp", "cpu/near.h", "include/far.h"):
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / file).touch()
+    made.parent.mkdir()
+    made.touch()
+
+    def command(name, *flags):
+        folder = tmp_path / name
+        return ["c++", *flags, f"-I{folder}/include", "-o", "a.o", "-c", f"{folder}/cpu/a.cpp"]
+
+    entry = {"directory": str(made.parent), "output": "a.o", "file": str(tmp_path / "made/cpu/a.cpp")}
+    entry["command"] = " ".join(command("made", "-O3"))
+    (made.parent / "compile_commands.json").write_text(json.dumps([entry]))
+    assert reuse_objects.find(made.parent, command("copy", "-MD", "-MF", "a.d", "-O3")) == made
+    assert reuse_objects.find(made.parent, command("copy", "-O2")) is None
+    for file in ("cpu/near.h", "include/far.h"):
+        (tmp_path / "copy" / file).write_text("changed")
+        assert reuse_objects.find(made.parent, command("copy", "-O3")) is None
+        (tmp_path / "copy" / file).write_text("")
+    assert reuse_objects.find(made.parent, command("copy", "-O3")) == made
+    later = made.stat().st_mtime + 10
+    os.utime(tmp_path / "made/cpu/near.h", (later, later))
+    assert reuse_objects.find(made.parent, command("copy", "-O3")) is None  # the object is older than its source
 
 
 class Environment:
@@ -228,21 +263,6 @@ def test_without_a_compiler_pure_python_installs_and_says_so(checkout, tmp_path)
     )
     report = run(environment.python, "-m", "fastattn.info").stdout
     assert "PURE PYTHON" in report and "no C++ compiler found" in report
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
-def test_the_cuda_library_loads_without_a_gpu_and_knows_no_torch(checkout, tmp_path):
-    """As CMake links it for wheels: cudart is inside."""
-    command = (sys.executable, "setup.py", "-q", "build_cuda", "--build-dir", tmp_path)
-    run(*command, cwd=checkout, FASTATTN_BUILD="cuda", FASTATTN_CUDA_ARCHS="80")
-    library = tmp_path / "libfastattn_cuda.so"
-    code = library.read_bytes()
-    assert not [name for name in (b"libcudart.so", b"libtorch", b"libc10", b"libpython") if name in code]
-    run(sys.executable, "-c", f"import torch, fastattn._C as C; C.cuda_load({str(library)!r})")
-    facts = json.loads(library.with_suffix(".json").read_text())
-    assert facts["cuda_archs"] == "80" and facts["cuda_compiler"]
-    assert library.stat().st_size <= 25 * 2**20
 
 
 def test_editable_install(checkout, tmp_path):

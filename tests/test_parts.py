@@ -2,6 +2,8 @@
 
 Other instruction sets do neither; the same must hold there."""
 
+import os
+
 import pytest
 import torch
 from harness import FP16, FP32, FP64, need
@@ -19,6 +21,11 @@ def qkv(*shape, dtype=FP32):
 @pytest.fixture(autouse=True)
 def native():
     need("native", fastattn.testing.make(fastattn.testing.Case(), FP32))
+
+
+def test_forced_isa_is_used():
+    """Once more in each of the processes of test_isa.py."""
+    assert fastattn._C.isa() == os.environ.get("FASTATTN_ISA", fastattn._C.best_isa())
 
 
 @pytest.mark.parametrize("value", (LARGEST, -LARGEST, 3.3961776e38, 3.3895314e38))

@@ -196,15 +196,20 @@ def test_equal_logits_of_any_size(value, dtype):
     assert max_error(result.out, mean) < {FP32: 1e-6, FP16: 1e-3, BF16: 8e-3}[dtype]
 
 
-@pytest.mark.parametrize("root, dtype", [(512.0, FP32), (-512.0, FP16), (2.0**50, BF16), (-(2.0**50), FP32)], ids=str)
-@pytest.mark.parametrize("case", [
+TIED = [
     vary(SMALL, causal=True, scale=0.3),
     vary(SMALL, Hk=1, mask="qk", scale=-0.3),
     vary(SMALL, Lq=1, scale=1.0),
     vary(SMALL, window=(20, 5), bias="1hqk", scale=-0.5),
     vary(SMALL, bias="bh1k", scale=1.0),
-], ids=str)  # fmt: skip
-def test_ties_among_large_logits(case, root, dtype):
+]
+ROOTS = [(512.0, FP32), (-512.0, FP16), (2.0**50, BF16), (-(2.0**50), FP32)]
+
+
+# Every case with a small root and a large one, every root with three cases or two.
+@pytest.mark.parametrize("n", range(2 * len(TIED)))
+def test_ties_among_large_logits(n):
+    case, (root, dtype) = TIED[n // 2], ROOTS[(n // 2 + 2 * n) % 4]
     inputs = tied_scores(case, dtype, root)
     if inputs.bias is not None:
         inputs = inputs._replace(bias=(inputs.bias * 32).round() / 32)

@@ -53,7 +53,8 @@ LOW_PRECISION = [*zip(OPTIONS[::4], (BF16, FP16) * len(OPTIONS)), (OPTIONS[-1], 
 
 @pytest.mark.parametrize("case, dtype", LOW_PRECISION, ids=str)
 def test_options_in_low_precision(case, dtype):
-    harness.check_seeds(case, dtype, "triton", seeds=4)
+    """Gradients of a few numbers need more than one draw of the yardstick."""
+    harness.check_seeds(case, dtype, "triton", seeds=4 if case.alibi or case.sinks else 1)
 
 
 @pytest.mark.parametrize("option", (SOFTCAP, ALIBI, SINKS), ids=str)
@@ -158,10 +159,11 @@ PLANS = {
     "window_or_prefix": (masks.causal() & masks.window(20, 0) | masks.prefix(torch.tensor([5, 70])), 130, 200),
     "neighborhood": (masks.neighborhood((13, 10), 5), 130, 130),
     "random": (dense(65, 130), 65, 130),
-    "batches_and_heads": (dense(2, 2, 130, 64, density=0.3), 130, 64),
+    "batches_and_heads": (dense(2, 2, 70, 64, density=0.3), 70, 64),
     "heads": (some_tiles(1, 2, 130, 320), 130, 320),
     "batches": (some_tiles(2, 1, 200, 130), 200, 130),
-    "empty_rows": (masks.causal() & ~masks.global_tokens(torch.arange(100, 130)), 200, 130),
+    # The first tile of queries sees nothing, the others begin or end with such rows; nobody sees the last tile of keys.
+    "empty_rows": (masks.causal() & ~masks.global_tokens(torch.arange(60, 70)), 150, 70),
     "nothing": (masks.empty(), 64, 65),
     "everything": (masks.full(), 63, 200),
     "causal_long_keys": (masks.causal(), 65, 320),
@@ -243,7 +245,7 @@ def test_plans_in_blocks_of_any_size(BM, BN, monkeypatch):
 
 def test_plans_visit_only_their_tiles(whole_tiles):
     """Tiles that a plan does not name are not read: NaN there, in keys of the tile's neighbours, stays out."""
-    mask, Lq, Lk = masks.causal() & ~masks.global_tokens([3, 64, 65, 190]), 200, 200
+    mask, Lq, Lk = masks.causal() & ~masks.global_tokens([3, 64, 65, 131]), 140, 140
     visible = mask.to_dense(Lq, Lk)
     hidden = ~visible.any(2)[0, 0].to(DEVICE)
     case = vary(SMALL, Lq=Lq, Lk=Lk, Hk=1)
