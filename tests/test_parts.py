@@ -115,7 +115,7 @@ def test_every_bit_of_an_fp32_counts():
 @pytest.mark.parametrize("dtype", (FP32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("masked", (False, True))
 def test_blocks_that_share_a_cache_change_no_bit(dtype, masked):
-    """A head over a megabyte: with few threads for its rows, four blocks of queries go through the keys together."""
+    """A head over a megabyte: with few threads for its rows, several blocks of queries go through the keys together."""
     q, k, v = qkv(1, 2, 1100, 128, dtype=dtype)
     k, v = torch.cat([k, v], 2), torch.cat([v, k], 2)
     mask = fastattn.masks.blocks(torch.rand(18, 35) < 0.3, 64) if masked else None
@@ -132,6 +132,35 @@ def test_blocks_that_share_a_cache_change_no_bit(dtype, masked):
         torch.set_num_threads(threads)
     for whole, half in zip(results[::2], results[1::2]):
         assert torch.equal(whole, results[0]) and torch.equal(half, results[0][:, :1])
+
+
+@pytest.mark.parametrize("heads", (1, 2, 3, 5, 7))
+@pytest.mark.parametrize("dtype", (FP32, FP16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("masked", (False, True))
+def test_heads_of_one_thread_or_shared_change_no_bit(masked, dtype, heads):
+    """A thread packs a head for itself, but not those left over, nor where a mask differs by head."""
+    q, k, v = qkv(2, heads, 130, 40, dtype=dtype)
+    mask = torch.rand(2, heads, 130, 130) < 0.3 if masked else None
+    alone = [
+        fastattn.attention(
+            q[:, h : h + 1],
+            k[:, h : h + 1],
+            v[:, h : h + 1],
+            mask=mask[:, h : h + 1] if masked else None,
+            backend="native",
+        )
+        for h in range(heads)
+    ]
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            out = fastattn.attention(q, k, v, mask=mask, backend="native")
+            assert torch.equal(out, torch.cat(alone, 1)), count
+            one = fastattn.attention(q[:1], k[:1], v[:1], mask=mask[:1] if masked else None, backend="native")
+            assert torch.equal(one, out[:1]), count
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("D, Dv", ((1, 1), (15, 33), (31, 17), (33, 1), (100, 72), (512, 8)))
