@@ -252,3 +252,14 @@ def test_visible_nan_is_not_hidden(backend):
     need(backend, inputs)
     out = attend(inputs._replace(k=k), backend, grad=False, causal=True).out
     assert out[:, :, :70].isfinite().all() and out[:, :, 70:].isnan().all()
+
+
+@all_backends
+@pytest.mark.parametrize("B, H", ((0, 2), (2, 0), (0, 0)))
+def test_a_mask_expanded_to_nothing(B, H, backend):
+    """No batch or no head, which have stride 0 in the mask."""
+    q, k = torch.zeros(B, H, 3, 4, requires_grad=True, device=DEVICE), torch.zeros(B, H, 70, 4, device=DEVICE)
+    mask = torch.ones(1, 1, 3, 70, dtype=torch.bool, device=DEVICE).expand(B, H, 3, 70)
+    need(backend, make(Case(), FP32, device=DEVICE))
+    (dq,) = torch.autograd.grad(fastattn.attention(q, k, k, mask=mask, backend=backend).sum(), q)
+    assert dq.shape == q.shape

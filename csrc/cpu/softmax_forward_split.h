@@ -188,7 +188,7 @@ class Split {
                         for (int slot = 0; slot < used; ++slot) {
                             const float* tile = reinterpret_cast<const float*>(value_rows.at(packed[slot] * 64));
                             gemm_unpacked<Math>(x.rows, static_cast<int>(layout_.dv_vecs),
-                                                {scores + slot * Scores<Math>::kSlot, Scores<Math>::kRow, 1},
+                                                {scores + slot * Scores<Math>::kUnits, Scores<Math>::kRow, 1},
                                                 {0, 0, 64}, tile, value_rows.row, x.out, x.ldo);
                         }
                         continue;

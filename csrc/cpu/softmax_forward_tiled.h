@@ -9,12 +9,13 @@ namespace FASTATTN_ISA {
 namespace {
 
 constexpr int64_t kBlockRows = 64;                 // query rows of a block
-constexpr int kMaxBlocks = 8;                      // blocks of a task
-constexpr int64_t kWaveBytes = int64_t{48} << 20;  // packed keys and values held at once
+constexpr int64_t kWaveBytes = int64_t{48} << 20;  // packed keys and values held at once for all threads
 constexpr int64_t kStretchBytes = 512 << 10;       // keys and values that all blocks of a task read in turn
 // A packed head that fits beside the work in a second-level cache: 2 MiB where there are matrix tiles, else 1 MiB.
 template <class Math>
 constexpr int64_t kOwnBytes = (Math::kTiles ? 1664 : 640) << 10;
+template <class Math>
+constexpr int kMaxBlocks = Math::kTiles ? 8 : 1;  // blocks of a task
 
 template <class Math>
 class Tiled {
@@ -89,8 +90,7 @@ class Tiled {
     // Where a head leaves no room in a second-level cache, several blocks go through it together, stretch by stretch.
     // Which keys a block takes at once, and so its result, is the same.
     int blocks_of_task() const {
-        if (!Math::kTiles || layout_.head_size() * 4 <= 2 * kStretchBytes) return 1;
-        int blocks = kMaxBlocks;
+        int blocks = layout_.head_size() * 4 > kOwnBytes<Math> ? kMaxBlocks<Math> : 1;
         while (blocks > 1 && p_.B() * p_.Hq() * ceil_div(p_.Lq(), blocks * kBlockRows) < 4 * p_.threads) blocks /= 2;
         return blocks;
     }
@@ -127,7 +127,7 @@ class Tiled {
         const int64_t b = kv_head / p_.Hk(), h = kv_head % p_.Hk() * p_.group() + task % p_.group();
         const int64_t start = task / p_.group() * blocks_ * kBlockRows;
         float* scores = scratch + blocks_ * block_floats();
-        Block blocks[kMaxBlocks];
+        Block blocks[kMaxBlocks<Math>];
         int count = 0;
         for (int64_t i0 = start; count < blocks_ && i0 < p_.Lq(); i0 += kBlockRows, ++count) {
             open(blocks[count], b, h, i0, scratch + count * block_floats());

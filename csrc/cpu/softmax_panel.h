@@ -20,7 +20,7 @@ constexpr int kRows = 16;
 constexpr int kTrim = 16;
 constexpr int kSlots = 4;
 #endif
-constexpr int kGroupKeys = kSlots * 64;  // = columns of the score buffer
+constexpr int kGroupKeys = kSlots * 64;
 constexpr int kPanelsPerTile = 64 / kPanel;
 static_assert(kTrim % W == 0 && kRows % W == 0, "");
 
@@ -201,8 +201,8 @@ class Weigher {
             }
             float* units = row + slot * Scores<Math>::kUnits;
             const float* z = row + slot * Scores<Math>::kSlot;
+            // Of several parts, the first keys' units lie where the last keys' scores are.
             if (t.full) {
-                // The first keys' units may lie where the last keys' scores are.
                 Vec all[64 / W];
                 FASTATTN_UNROLL for (int n = 0; n < 64 / W && kApart; ++n) all[n] = vload(z + n * W);
                 FASTATTN_UNROLL for (int c = 0; c < 64; c += 2 * W) {

@@ -114,7 +114,7 @@ def build_plan(
 
 def plan_from_dense(visible: Tensor, Lq: int, Lk: int, native: bool = True) -> TilePlan:
     """The plan of a CPU bool tensor [B|1, H|1, Lq|1, Lk|1], read once; batches and heads that it expands count as one."""
-    B, H = (1 if visible.stride(d) == 0 else visible.shape[d] for d in (0, 1))
+    B, H = (min(visible.shape[d], 1) if visible.stride(d) == 0 else visible.shape[d] for d in (0, 1))
     visible = visible[:B, :H]
     core = _core() if native else None
     if core is None:

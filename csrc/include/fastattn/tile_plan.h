@@ -87,7 +87,7 @@ class Sight {
     Sight(const Sight&) = delete;
     Sight& operator=(const Sight&) = delete;
 
-    // Whether all heads see the same keys, and so take equally long.
+    // Of kRows: whether all heads see the same keys by band and mask, and so take equally long.
     FASTATTN_INLINE bool alike() const { return plan.batches * plan.heads == 1; }
 
     TilePlanView plan;               // row_start is null without a mask
