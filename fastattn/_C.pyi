@@ -31,8 +31,29 @@ def softmax_forward(
     /,
 ) -> None: ...
 def softmax_plain_forward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float | None, causal: int, grouped: bool, threads: int, /
-) -> bool: ...
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    causal: int,
+    grouped: bool,
+    grad_enabled: bool,
+    threads: int,
+    /,
+) -> Tensor | tuple[Tensor, Tensor] | None: ...
+def softmax_plain_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse_parts: Tensor,
+    needs: tuple[bool, bool, bool],
+    scale: float | None,
+    causal: int,
+    threads: int,
+    /,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None: ...
 def softmax_backward(
     dout: Tensor,
     dlse: Tensor | None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, Optional
 
 import torch
@@ -16,7 +17,10 @@ LIBRARY = torch.library.Library("fastattn", "DEF")
 
 
 def register(name: str, schema: str, impl: Callable, fake: Callable, vmap: Callable, flops: Callable) -> Any:
-    """Defines fastattn::name for every device and returns the op overload to call."""
+    """Defines fastattn::name for every device. Returns what calls the op, or `impl` itself where nobody looks.
+
+    Dispatching an op written in Python costs as much as a small kernel.
+    """
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
     qualified = f"fastattn::{name}"
@@ -24,7 +28,14 @@ def register(name: str, schema: str, impl: Callable, fake: Callable, vmap: Calla
     torch.library.register_vmap(qualified, vmap, lib=LIBRARY)
     packet = getattr(torch.ops.fastattn, name)
     register_flops(packet, flops)
-    return packet.default
+    op = packet.default
+
+    def call(*args):
+        if transformed() or not unobserved(*(a for a in args if isinstance(a, Tensor))):
+            return op(*args)
+        return impl(*args)
+
+    return call
 
 
 def fold_batch(t: Optional[Tensor], dim: Optional[int], V: int, B: int) -> Optional[Tensor]:
@@ -52,10 +63,27 @@ def transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
+@cache
+def untransformed(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """`function` for calls outside of torch.func's transforms.
+
+    For those it has a setup_context; where there is one, torch binds the arguments of every call by inspection, which
+    takes longer than a small kernel.
+    """
+
+    def forward(ctx, *args):
+        output = function.forward(*args)
+        function.setup_context(ctx, args, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
+    return type(function.__name__, (torch.autograd.Function,), members)
+
+
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """function.apply, whose refusal of forward mode names the way out (a jvp rule would be refused by torch.compile)."""
     if forward_ad._current_level < 0 and not transformed():
-        return function.apply(*args)
+        return (function if torch.compiler.is_compiling() else untransformed(function)).apply(*args)
     try:
         return function.apply(*args)
     except NotImplementedError as error:
@@ -74,6 +102,16 @@ def traced() -> bool:
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() != 0
+    )
+
+
+def ordinary() -> bool:
+    """Whether calls are neither recorded nor transformed."""
+    return not (
+        traced()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
     )
 
 

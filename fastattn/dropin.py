@@ -17,7 +17,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 from .autograd import autocast
 from .checks import causal_bias, refuse_layout, shapes
 from .dispatch import check_name
-from .ops.softmax import attention, plain_attention
+from .ops.softmax import attention
+from .ops.softmax_plain import plain_attention
 
 _torch_sdpa: Callable = F.scaled_dot_product_attention
 

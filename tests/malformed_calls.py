@@ -16,6 +16,8 @@ Q, K, V = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 7, 8), torch.zeros(2, 2, 7,
 MASK, BIAS = torch.ones(2, 4, 5, 7, dtype=torch.bool), torch.zeros(2, 4, 5, 7)
 OUT, LSE, PARTS = torch.zeros(2, 4, 5, 8), torch.zeros(2, 4, 5), torch.zeros(2, 4, 5, 2)
 RNG = torch.tensor([1, 2])
+FREED = torch.zeros(2, 4, 5, 8)
+FREED.untyped_storage().resize_(0)
 NESTED = torch.nested.nested_tensor([torch.zeros(4, 5, 8), torch.zeros(4, 6, 8)])
 CALLS = {}
 
@@ -241,7 +243,7 @@ c_calls("c", c_forward, {
     "softcap_negative": {"softcap": -1.0}, "plan_type": {"plan": (1, 2)}, "plan_lengths": {"plan": masks.causal().plan(7, 5)},
     "plan_heads": {"plan": masks.key_padding(torch.ones(2, 3, 7) > 0).plan(5, 7)}, "plan_and_mask": {"plan": masks.causal().plan(5, 7), "mask": MASK},
     "plan_starts": {"plan": masks.causal().plan(5, 7)._replace(row_start=torch.tensor([0, 9]).int())},
-    "negative_bit": {"q": torch._neg_view(Q)}, "nested": {"q": NESTED}, "head_dim_513": {"q": torch.zeros(2, 4, 5, 513), "k": torch.zeros(2, 2, 7, 513)},
+    "negative_bit": {"q": torch._neg_view(Q)}, "float8": {"q": Q.to(torch.float8_e4m3fn)}, "int32": {"q": Q.int()}, "freed": {"q": FREED}, "nested": {"q": NESTED}, "head_dim_513": {"q": torch.zeros(2, 4, 5, 513), "k": torch.zeros(2, 2, 7, 513)},
 })  # fmt: skip
 c_calls("c_backward", c_backward, {
     "dout_none": {"dout": None}, "dout_shape": {"dout": OUT[..., :4]}, "dout_dtype": {"dout": OUT.double()}, "dlse_shape": {"dlse": LSE[:1]},
@@ -256,7 +258,9 @@ c_calls("c_backward", c_backward, {
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or CALLS:
+    if "--without-dlpack" in sys.argv:  # as in an older torch: tensors are read through their methods
+        del torch.Tensor.__dlpack_c_exchange_api__
+    for name in [name for name in sys.argv[1:] if name in CALLS] or CALLS:
         print(json.dumps({"start": name}), flush=True)
         try:
             CALLS[name][1]()

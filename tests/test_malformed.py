@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from malformed_calls import CALLS
 
 import fastattn
@@ -15,10 +16,15 @@ SCRIPT = Path(__file__).parent / "malformed_calls.py"
 NATIVE_MISSING = fastattn.backends.native.status()
 
 
-@pytest.fixture(scope="module")
-def outcomes():
+HAS_DLPACK = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
+WAYS = ([], ["--without-dlpack"]) if HAS_DLPACK else ([],)
+
+
+@pytest.fixture(scope="module", params=WAYS, ids=("as_is", "without_dlpack")[: len(WAYS)])
+def outcomes(request):
     """All calls in one process: a crash shows as a missing line, not as a dead test session."""
-    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, str(SCRIPT), *request.param]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return done, {line["name"]: line for line in lines if "name" in line}, lines
 

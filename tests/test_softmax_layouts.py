@@ -174,3 +174,35 @@ def test_nothing_of_size_Lq_by_Lk_is_allocated(backend):
     done = subprocess.run([sys.executable, "-c", MEMORY, "8192", backend], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) < 100 * 1024, f"{int(done.stdout) / 1024:.0f} MB"
+
+
+READ = """
+import sys, torch
+if sys.argv[2] == "methods":  # as in an older torch
+    del torch.Tensor.__dlpack_c_exchange_api__
+import fastattn
+from fastattn.testing import LAYOUTS, Case, make, relayout
+found = []
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for layout in LAYOUTS:
+        case = Case(B=2, Hq=4, Hk=2, Lq=37, Lk=75, D=24, Dv=40)
+        x = [relayout(t, layout).requires_grad_() for t in make(case, dtype)[:3]]
+        mask = fastattn.masks.causal("bottom_right") & fastattn.masks.window(20, 20)
+        out = fastattn.attention(*x, mask=mask, backend="native")
+        found += [out, *torch.autograd.grad(out.float().square().sum(), x)]
+    found.append(fastattn.attention(*(t.detach() for t in x)))
+torch.save(found, sys.argv[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="this torch has no DLPack exchange")
+def test_tensors_read_by_their_methods(tmp_path):
+    """Where torch has no DLPack exchange, the same memory is found."""
+    need("native", make(CASE, FP32))
+    found = []
+    for way in ("dlpack", "methods"):
+        path = tmp_path / way
+        subprocess.run([sys.executable, "-c", READ, str(path), way], check=True, timeout=300)
+        found.append(torch.load(path))
+    assert len(found[0]) == 3 * (4 * len(LAYOUTS) + 1)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

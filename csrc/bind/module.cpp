@@ -8,6 +8,7 @@ namespace py = pybind11;
 namespace fastattn {
 void register_cuda(py::module_& m);
 void register_softmax(py::module_& m);
+void register_softmax_plain(py::module_& m);
 void register_linear(py::module_& m);
 void register_peak(py::module_& m);
 void register_plan(py::module_& m);
@@ -19,7 +20,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     } catch (const std::exception& error) {
         throw py::import_error(error.what());
     }
-    m.doc() = "Native kernels of fastattn: no torch inside, tensors are read through their Python methods.";
+    m.doc() = "Native kernels of fastattn: no torch inside, tensors are read through DLPack or their Python methods.";
     m.attr("version") = FASTATTN_VERSION;
     m.def("isa", [] { return fastattn::isa_name(fastattn::current_isa()); }, "instruction set in use");
     m.def(
@@ -29,6 +30,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("poison_scratch", &fastattn::poison_scratch, "for tests: new scratch memory holds NaN");
     fastattn::register_cuda(m);
     fastattn::register_softmax(m);
+    fastattn::register_softmax_plain(m);
     fastattn::register_linear(m);
     fastattn::register_plan(m);
     fastattn::register_peak(m);

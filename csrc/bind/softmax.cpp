@@ -1,7 +1,5 @@
 #include "fastattn/softmax.h"
 
-#include <cmath>
-
 #include "softmax_params.h"
 
 namespace py = pybind11;
@@ -28,33 +26,6 @@ void forward(py::handle tensors, py::handle out, py::handle lse, py::handle lse_
     softmax_forward(p);
 }
 
-// A forward call without options whose lse nobody wants: what decoding a token pays for each layer. False where
-// anything is unusual; the general call says what. Causal is 0, 1 (top-left) or 2 (bottom-right).
-bool plain_forward(py::handle q, py::handle k, py::handle v, py::handle out, py::handle scale, int causal, bool grouped,
-                   int threads) {
-    SoftmaxParams p{};
-    try {
-        p.q = view_of(q, "q", 4);
-        p.k = view_of(k, "k", 4);
-        p.v = view_of(v, "v", 4);
-        if (p.Dv() != p.D() || p.D() == 0 || (p.Hk() != p.Hq() && !grouped)) return false;
-        p.out = view_of(out, "out", 4);
-        check_softmax_shapes(p);
-        refuse_overlap(p.out, "out", {&p.q, &p.k, &p.v});
-        p.scale = scale.is_none() ? std::pow(static_cast<double>(p.D()), -0.5) : scale.cast<double>();
-    } catch (const std::exception&) {
-        return false;
-    }
-    if (!std::isfinite(p.scale) || threads < 1 || threads > 4096) return false;
-    p.lo = -kUnbounded;
-    p.hi = causal == 0 ? kUnbounded : causal == 1 ? 0 : p.Lk() - p.Lq();
-    p.threads = threads;
-    ask_for_large_pages(p.out);
-    const py::gil_scoped_release released;
-    softmax_forward(p);
-    return true;
-}
-
 void backward(py::handle dout, py::handle dlse, py::handle tensors, py::handle out, py::handle lse_parts, py::handle dq,
               py::handle dk, py::handle dv, py::handle dbias, py::handle dslopes, double scale, py::handle lo,
               py::handle hi, double softcap, double dropout_p, int threads) {
@@ -79,8 +50,6 @@ void register_softmax(py::module_& m) {
     m.def("softmax_backward", &backward,
           "softmax_backward(dout, dlse, tensors, out, lse_parts, dq, dk, dv, dbias, dslopes, scale, lo, hi, softcap, "
           "dropout_p, threads): fills the gradients that are not None");
-    m.def("softmax_plain_forward", &plain_forward,
-          "softmax_plain_forward(q, k, v, out, scale, causal, grouped, threads): fills out, or returns False");
     m.def(
         "is_decode", [](int64_t Lq, int64_t group, int64_t Lk) { return is_decode(Lq, group, Lk); },
         "whether the keys are split instead of the queries");

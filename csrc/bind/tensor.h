@@ -1,7 +1,8 @@
-// Reads a torch tensor through its Python methods: no torch header, so one build serves every torch version.
+// Reads a torch tensor through DLPack, or its Python methods: no torch header, so one build serves every torch version.
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <initializer_list>
 #include <string>
 
@@ -18,6 +19,13 @@ TensorView view_of(pybind11::handle tensor, const char* name, int dims, bool opt
 // The same for a tensor that must have this dtype.
 TensorView view_as(pybind11::handle tensor, const char* name, int dims, DType dtype, int device = kCpu);
 
+bool is_plain(pybind11::handle tensor);  // of torch's own class, or a parameter
+bool requires_grad(pybind11::handle tensor);
+
+// torch.empty_like, and uninitialised float32 on the same device.
+pybind11::object empty_like(pybind11::handle tensor);
+pybind11::object empty_floats(pybind11::handle tensor, const std::array<int64_t, 4>& sizes);
+
 [[noreturn]] inline void refuse(const std::string& why) { throw pybind11::value_error(why); }
 
 std::string text(const TensorView& t);  // its shape
@@ -26,6 +34,8 @@ std::string text(const TensorView& t);  // its shape
 void expect(const TensorView& t, const char* name, const int64_t (&sizes)[4], bool broadcast = false);
 
 void refuse_unless_contiguous(const TensorView& t, const char* name);
+
+bool is_expanded(const TensorView& t);  // some of its elements are one
 
 // A tensor that is written must have one place for each element, and share none with what is read or written beside it.
 void refuse_overlap(const TensorView& t, const char* name, std::initializer_list<const TensorView*> others);

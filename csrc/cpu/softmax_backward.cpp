@@ -12,7 +12,6 @@ namespace fastattn {
 namespace FASTATTN_ISA {
 namespace {
 
-constexpr double kSerialWork = 1 << 19;  // scores x (D + Dv) under which waking a team costs more than it saves
 
 template <class Math>
 class Backward {
@@ -52,13 +51,11 @@ class Backward {
         const int64_t batches = bias_.shares_batches() ? 1 : p_.B(), heads = bias_.shares_heads() ? 1 : p_.Hk();
         const int64_t owners = batches * heads, tasks = owners * sizes_.k_blocks;
         const int64_t preparations = p_.B() * p_.Hq() * sizes_.q_blocks;
-        const double work =
-            static_cast<double>(p_.B() * p_.Hq() * p_.Lq()) * static_cast<double>(p_.Lk() * (p_.D() + p_.Dv()));
-        const int64_t threads = work < kSerialWork ? 1 : least<int64_t>(p_.threads, most(tasks, preparations));
+        const int threads = team_of(p_, most(tasks, preparations));
         const int64_t size = Buffers().lay_out(sizes_, nullptr);
         const Scratch memory(threads * size * 4);
         std::atomic<int64_t> next{0}, members{0}, prepared{0};
-        run_team(static_cast<int>(threads), [&] {
+        run_team(threads, [&] {
             const MatrixUnit<Math::kTiles> unit;
             Buffers buffers;
             buffers.lay_out(sizes_, memory.as<float>() + members.fetch_add(1) * size);
@@ -71,7 +68,7 @@ class Backward {
                 wait_until(prepared, preparations);
                 // Neighbouring tasks belong to different heads where there are several: then nobody waits.
                 const int64_t at = task - preparations, wave = at / (threads * sizes_.k_blocks);
-                const int64_t width = least(threads, owners - wave * threads),
+                const int64_t width = least<int64_t>(threads, owners - wave * threads),
                               rest = at - wave * threads * sizes_.k_blocks;
                 const int64_t owner = wave * threads + rest % width, n = rest / width;
                 const int64_t b0 = owner / heads, hk0 = owner % heads;

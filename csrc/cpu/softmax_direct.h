@@ -51,29 +51,42 @@ inline void direct_scores(const Panel& x, const Source& keys, const char* ahead,
         }
         for (int r = 0; r < x.rows; ++r) {
             const float* q = x.q + r * x.ldq;
-            for (int n = 0; n < W; ++n) {
+            float* row = scores + r * Scores<Math>::kRow + c;
+            vstore(row, vzero());
+            for (int n = 0; j + n < Lk; ++n) {
                 Vec sum = vzero();
-                for (int64_t u = 0; j + n < Lk && u < units<Math>(D); u += W) {
+                for (int64_t u = 0; u < units<Math>(D); u += W) {
                     sum = Math::dot(vload(q + u), load_units<Math>(keys, j + n, u, D), sum);
                 }
-                scores[r * Scores<Math>::kRow + c + n] = vsum(sum);
+                row[n] = vsum(sum);
             }
         }
     }
 }
 
 // out [V * W] += weights * values over the keys of `seen`; value(n, v) is Vec v of key n, with its pair where units are
-// pairs.
+// pairs. A few columns have several sums each: one product would wait for the other.
 template <class Math, int V, class Value>
 inline void direct_columns(const float* weights, uint64_t seen, float* out, Value&& value) {
-    Vec acc[V];
-    FASTATTN_UNROLL for (int v = 0; v < V; ++v) acc[v] = vload(out + v * W);
-    for (int n = 0; n < 64; n += Math::kPair) {
-        if (!(seen >> n & (Math::kPair == 2 ? 3 : 1))) continue;
-        const Vec w = vset(weights[n / Math::kPair]);
-        FASTATTN_UNROLL for (int v = 0; v < V; ++v) acc[v] = Math::dot(w, value(n, v), acc[v]);
+    constexpr int kSums = 8 / V;
+    Vec acc[kSums][V];
+    FASTATTN_UNROLL for (int s = 0; s < kSums; ++s) {
+        FASTATTN_UNROLL for (int v = 0; v < V; ++v) acc[s][v] = s ? vzero() : vload(out + v * W);
     }
-    FASTATTN_UNROLL for (int v = 0; v < V; ++v) vstore(out + v * W, acc[v]);
+    for (int n0 = 0; n0 < 64; n0 += kSums * Math::kPair) {
+        FASTATTN_UNROLL for (int s = 0; s < kSums; ++s) {
+            const int n = n0 + s * Math::kPair;
+            if (!(seen >> n & (Math::kPair == 2 ? 3 : 1))) continue;
+            const Vec w = vset(weights[n / Math::kPair]);
+            FASTATTN_UNROLL for (int v = 0; v < V; ++v) acc[s][v] = Math::dot(w, value(n, v), acc[s][v]);
+        }
+    }
+    FASTATTN_UNROLL for (int step = 1; step < kSums; step *= 2) {
+        FASTATTN_UNROLL for (int s = 0; s + step < kSums; s += 2 * step) {
+            FASTATTN_UNROLL for (int v = 0; v < V; ++v) acc[s][v] = vadd(acc[s][v], acc[s + step][v]);
+        }
+    }
+    FASTATTN_UNROLL for (int v = 0; v < V; ++v) vstore(out + v * W, acc[0][v]);
 }
 
 // value(n, v) for whole vectors from column c on: keys of the tile one after another in memory at `step` bytes. With
@@ -115,6 +128,8 @@ inline void direct_values(const Panel& x, const float* weights, const Source& va
                 direct_block<Math, 8>(w, seen, out + c, rows, ahead, step, c, size, load);
             for (; c + 4 * W <= cols; c += 4 * W)
                 direct_block<Math, 4>(w, seen, out + c, rows, ahead, step, c, size, load);
+            for (; c + 2 * W <= cols; c += 2 * W)
+                direct_block<Math, 2>(w, seen, out + c, rows, ahead, step, c, size, load);
             for (; c + W <= cols; c += W) direct_block<Math, 1>(w, seen, out + c, rows, ahead, step, c, size, load);
         });
         if (c == cols) continue;

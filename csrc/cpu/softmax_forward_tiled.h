@@ -27,6 +27,7 @@ class Tiled {
           sight_(p, Sight::kSeen | Sight::kRows),
           blocks_(blocks_of_task()),
           head_tasks_(ceil_div(p.Lq(), blocks_ * kBlockRows) * p.group()),
+          threads_(team_of(p, p.B() * p.Hk() * head_tasks_)),
           stretch_(blocks_ == 1 ? layout_.tiles
                                 : most<int64_t>(kSlots, kStretchBytes * layout_.tiles / (layout_.head_size() * 4))) {}
 
@@ -41,11 +42,11 @@ class Tiled {
         const int64_t heads = p_.B() * p_.Hk(), own = own_heads(heads), size = layout_.head_size();
         const int64_t shared = least(heads - own, most<int64_t>(1, kWaveBytes / (size * 4 + 1)));
         const int64_t scratch = block_scratch();
-        const Scratch packed(most<int64_t>(own ? p_.threads : 0, shared) * size * 4), blocks(p_.threads * scratch * 4);
+        const Scratch packed(most<int64_t>(own ? threads_ : 0, shared) * size * 4), blocks(threads_ * scratch * 4);
         std::atomic<int> members{0};
         std::atomic<int64_t> next{0};
         if (own) {
-            run_team(p_.threads, [&] {
+            run_team(threads_, [&] {
                 const MatrixUnit<Math::kTiles> unit;
                 const int me = members.fetch_add(1);
                 float* mine = packed.as<float>() + me * size;
@@ -59,13 +60,13 @@ class Tiled {
         }
         for (int64_t first = own; first < heads; first += shared) {
             const int64_t count = least(shared, heads - first);
-            parallel_for(p_.threads, count * layout_.tiles, [&](int64_t task) {
+            parallel_for(threads_, count * layout_.tiles, [&](int64_t task) {
                 const int64_t at = task / layout_.tiles;
                 pack(first + at, task % layout_.tiles, packed.as<float>() + at * size);
             });
             members = 0;
             next = 0;
-            run_team(p_.threads, [&] {
+            run_team(threads_, [&] {
                 const MatrixUnit<Math::kTiles> unit;
                 const int me = members.fetch_add(1);
                 for (int64_t task; (task = next.fetch_add(1)) < count * head_tasks_;) {
@@ -83,8 +84,8 @@ class Tiled {
     // and of few that take equally long as many as occupy every thread; the others are shared.
     int64_t own_heads(int64_t heads) const {
         if (layout_.head_size() * 4 > kOwnBytes<Math>) return 0;
-        if (heads >= 8 * p_.threads) return heads;
-        return sight_.alike() ? heads - heads % p_.threads : 0;
+        if (heads >= 8 * threads_) return heads;
+        return sight_.alike() ? heads - heads % threads_ : 0;
     }
 
     // Where a head leaves no room in a second-level cache, several blocks go through it together, stretch by stretch.
@@ -245,7 +246,9 @@ class Tiled {
     const Layout<Math> layout_;
     const Sight sight_;
     const int blocks_;  // of 64 rows in a task
-    const int64_t head_tasks_, stretch_;
+    const int64_t head_tasks_;
+    const int threads_;
+    const int64_t stretch_;
     mutable std::atomic<bool> large_{false};
 };
 

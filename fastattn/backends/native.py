@@ -9,7 +9,6 @@ import torch
 from .. import libraries
 from ..params import (
     CAUSAL_BOTTOM_RIGHT,
-    CAUSAL_NONE,
     CAUSAL_TOP_LEFT,
     Call,
     LinearCall,
@@ -92,16 +91,22 @@ def softmax_forward(x: SoftmaxTensors, params: SoftmaxParams, with_parts: bool):
     return out, lse, parts
 
 
-CAUSAL_CODES = {CAUSAL_NONE: 0, CAUSAL_TOP_LEFT: 1, CAUSAL_BOTTOM_RIGHT: 2}
+CAUSAL_CODES = {False: 0, CAUSAL_TOP_LEFT: 1, CAUSAL_BOTTOM_RIGHT: 2, True: 2}
 
 
-def softmax_plain_forward(q, k, v, scale: float | None, causal: str, grouped: bool):
-    """out of a call without options, or None where anything about it is unusual: the general call then says what."""
-    if _C is None or not q.is_cpu or q.layout is not torch.strided or not q.is_contiguous():
+def softmax_plain_forward(q, k, v, scale: float | None, causal: bool | str, grouped: bool):
+    """Of a call without options: out, or, where a gradient is wanted, (out, parts), or None if anything is unusual."""
+    code = CAUSAL_CODES.get(causal)
+    if _C is None or code is None:
         return None
-    out = torch.empty_like(q)
-    threads = torch.get_num_threads()
-    return out if _C.softmax_plain_forward(q, k, v, out, scale, CAUSAL_CODES[causal], grouped, threads) else None
+    return _C.softmax_plain_forward(q, k, v, scale, code, grouped, torch.is_grad_enabled(), torch.get_num_threads())
+
+
+def softmax_plain_backward(dout, q, k, v, out, parts, needs, scale: float | None, causal: bool | str):
+    """(dq, dk, dv), or None if anything is unusual."""
+    assert _C is not None
+    code = CAUSAL_CODES[causal]
+    return _C.softmax_plain_backward(dout, q, k, v, out, parts, needs, scale, code, torch.get_num_threads())
 
 
 def softmax_backward(dout, dlse, x: SoftmaxTensors, out, parts, params: SoftmaxParams, needs):

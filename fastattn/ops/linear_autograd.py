@@ -204,7 +204,7 @@ class LinearAttention(torch.autograd.Function):
             if dkv is None and dz is None:
                 return (None,) * (_COUNT + _PARAMS + 1)
             dout = out.new_zeros(()).expand_as(out)
-        grads = LinearAttentionBackward.apply(dout, dkv, dz, *tensors, out, saved, *params, needs, backend)
+        grads = apply(LinearAttentionBackward, dout, dkv, dz, *tensors, out, saved, *params, needs, backend)
         wanted = (g if need else None for g, need in zip(grads, needs))
         return (*wanted, *(None,) * (_COUNT - len(needs) + _PARAMS + 1))
 

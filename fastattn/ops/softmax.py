@@ -18,6 +18,7 @@ from ..masks.plan import plan_from_dense, refuse_malformed
 from ..params import SoftmaxCall, SoftmaxParams, SoftmaxTensors, accumulate_dtype
 from .softmax_autograd import attend, attend_without_gradient
 from .softmax_packed import packed_plan
+from .softmax_plain import plain_attention
 
 Causal = Union[bool, Literal["top_left", "bottom_right"]]
 AnyMask = Union[Tensor, Mask, TilePlan]
@@ -113,23 +114,6 @@ def attention(  # type: ignore[misc]  # the overloads leave the options to this 
     )  # fmt: skip
     out, lse = _run(call, select(call, backend))
     return (out, lse) if return_lse else out
-
-
-def plain_attention(q, k, v, scale, causal, grouped: bool = True) -> Optional[Tensor]:
-    """out of a call without options that the native backend takes and nobody looks at; else None, whatever is wrong.
-
-    The checks of a call cost as much as a small kernel: here they are made once, in C++, and complain about nothing.
-    """
-    if not (scale is None or type(scale) is float) or type(causal) not in (bool, str):
-        return None
-    if q is None or k is None or v is None or not unobserved(q, k, v):
-        return None
-    if forward_ad._current_level >= 0 or transformed() or torch.is_autocast_enabled("cpu"):
-        return None
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return None
-    mode = checks.causal_mode(causal)
-    return BACKENDS["native"].softmax_plain_forward(q, k, v, scale, mode, grouped)
 
 
 def explain(

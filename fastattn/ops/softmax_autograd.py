@@ -234,7 +234,7 @@ class SoftmaxAttention(torch.autograd.Function):
             if dlse is None:
                 return (None,) * (_END + len(ctx.options))
             dout = out.new_zeros(()).expand_as(out)
-        grads = SoftmaxAttentionBackward.apply(dout, dlse, *tensors, out, parts, *params, needs, backend)
+        grads = apply(SoftmaxAttentionBackward, dout, dlse, *tensors, out, parts, *params, needs, backend)
         wanted = (g if need else None for g, need in zip(grads, needs))
         return (*wanted, *(None,) * (_END + len(ctx.options) - len(needs)))
 

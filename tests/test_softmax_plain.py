@@ -1,0 +1,183 @@
+"""Calls without options take a shorter way to the native kernels: it must be the same attention, and know its limits."""
+
+import gc
+import weakref
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import BF16, FP16, FP32
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+import fastattn
+from fastattn.ops.softmax_plain import plain_attention
+from fastattn.testing import LAYOUTS, Case, make, relayout
+
+pytestmark = pytest.mark.skipif(
+    fastattn.backends.native.status() is not None, reason=f"native: {fastattn.backends.native.status()}"
+)
+SUBSETS = [needs for needs in product((False, True), repeat=3) if any(needs)]
+CASES = {
+    "one query": Case(B=2, Hq=4, Hk=2, Lq=1, Lk=75, D=24),
+    "few": Case(B=1, Hq=4, Hk=4, Lq=7, Lk=130, D=40, causal="bottom_right"),
+    "square": Case(B=2, Hq=3, Hk=3, Lq=70, Lk=70, D=32, causal="top_left"),
+    "large": Case(B=1, Hq=8, Hk=2, Lq=150, Lk=200, D=64),
+}
+
+
+def inputs(case, dtype, layout="contiguous", needs=(True, True, True)):
+    made = make(case, dtype)
+    return [relayout(t, layout).detach().requires_grad_(need) for t, need in zip(made[:3], needs)], made.dout
+
+
+def general(q, k, v, case, scale=None):
+    return fastattn.attention(q, k, v, causal=case.causal, scale=scale, backend="native")
+
+
+def strides(t):
+    return [stride for stride, size in zip(t.stride(), t.shape) if size > 1]
+
+
+def gradients(out, leaves, dout, **options):
+    return torch.autograd.grad(out, [t for t in leaves if t.requires_grad], dout, **options)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", (FP32, BF16, FP16), ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_is_the_general_call(name, dtype, layout):
+    """Same values, gradients and layouts; where a layout is unusual, it leaves the call alone."""
+    case = CASES[name]
+    qkv, dout = inputs(case, dtype, layout)
+    plain = plain_attention(*qkv, 0.3, case.causal)
+    if plain is None:
+        assert layout in ("bhdl", "last_strided", "expanded"), layout
+        return
+    expected = general(*qkv, case, 0.3)
+    assert strides(plain) == strides(expected)
+    # With a gradient both pack their keys, and give the same bits.
+    assert torch.equal(plain, expected)
+    for found, wanted in zip(gradients(plain, qkv, dout), gradients(expected, qkv, dout), strict=True):
+        assert torch.equal(found, wanted) and strides(found) == strides(wanted)
+    with torch.no_grad():
+        assert torch.equal(plain_attention(*qkv, 0.3, case.causal), general(*qkv, case, 0.3))
+
+
+@pytest.mark.parametrize("needs", SUBSETS, ids=str)
+def test_subsets_of_gradients(needs):
+    case = CASES["square"]
+    qkv, dout = inputs(case, FP32, needs=needs)
+    out = plain_attention(*qkv, None, case.causal)
+    assert type(out.grad_fn).__name__ == "PlainAttentionBackward"
+    expected = gradients(general(*qkv, case), qkv, dout)
+    assert all(map(torch.equal, gradients(out, qkv, dout, retain_graph=True), expected))
+    out.backward(dout)
+    assert [t.grad is not None for t in qkv] == list(needs)
+
+
+def test_second_derivatives():
+    case = Case(B=1, Hq=2, Hk=1, Lq=5, Lk=7, D=8, causal="bottom_right")
+    qkv, dout = inputs(case, FP32)
+    found = []
+    for backend in ("auto", "reference"):
+        out = fastattn.attention(*qkv, causal=case.causal, backend=backend)
+        first = gradients(out, qkv, dout, create_graph=True)
+        found.append(gradients(sum(g.square().sum() for g in first), qkv, None))
+    for plain, expected in zip(*found, strict=True):
+        assert (plain - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("how", ["hooks", "checkpoint", "expanded dout", "strided dout"])
+def test_backward_in_other_ways(how):
+    case = CASES["square"]
+    qkv, dout = inputs(case, FP32)
+    if how == "expanded dout":
+        dout = torch.ones(()).expand_as(dout)
+    elif how == "strided dout":
+        dout = relayout(dout, "last_strided")
+    call = lambda q, k, v: fastattn.attention(q, k, v, causal=case.causal)
+    if how == "hooks":
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.double(), lambda t: t.float()):
+            out = call(*qkv)
+    else:
+        out = checkpoint(call, *qkv, use_reentrant=False) if how == "checkpoint" else call(*qkv)
+    expected = gradients(general(*qkv, case), qkv, dout)
+    for found, wanted in zip(gradients(out, qkv, dout), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("edited", ["q", "out"])
+def test_edited_tensors_are_noticed(edited):
+    case = CASES["square"]
+    qkv, dout = inputs(case, FP32)
+    q = qkv[0] * 1
+    out = plain_attention(q, *qkv[1:], None, case.causal)
+    with torch.no_grad():
+        (q if edited == "q" else out).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradients(out, qkv, dout)
+
+
+@pytest.mark.parametrize("run_backward", [False, True])
+def test_nothing_outlives_its_graph(run_backward):
+    """No reference cycle through ctx: inputs and results die with their last name, without gc."""
+    qkv, dout = inputs(CASES["square"], FP32)
+    gc.collect()
+    gc.disable()
+    try:
+        out = plain_attention(*qkv, None, False)
+        if run_backward:
+            out.backward(dout)
+        watched = [weakref.ref(t) for t in (*qkv, out)]
+        del qkv, out
+        assert [ref() for ref in watched] == [None] * 4
+    finally:
+        gc.enable()
+
+
+def test_autocast():
+    """Tensors that autocast would cast are left to the general call; those it would not are taken."""
+    case = CASES["square"]
+    qkv, _ = inputs(case, FP32)
+    low = [t.detach().bfloat16().requires_grad_() for t in qkv]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert plain_attention(*qkv, None, case.causal) is None
+        out = plain_attention(*low, None, case.causal)
+        assert out is not None and torch.equal(out, fastattn.attention(*qkv, causal=case.causal))
+        found = gradients(out, low, torch.ones_like(out))
+    expected = gradients(general(*low, case), low, torch.ones_like(out))
+    assert all(map(torch.equal, found, expected))
+
+
+def test_is_left_alone_where_someone_looks():
+    q, k, v = (t.detach() for t in inputs(CASES["square"], FP32)[0])
+    assert plain_attention(q, k, v, None, False) is not None
+    assert plain_attention(q, k, v, 1, False) is None  # an int: the general call reads it
+    assert plain_attention(q, k, v, float("nan"), False) is None
+    assert plain_attention(q, k, v, None, "left") is None
+    assert plain_attention(q, k[:, :1], v[:, :1], None, False, False) is None  # groups were not asked for
+    assert plain_attention(q, k[:, :, :3], v, None, False) is None
+    assert plain_attention(q, k, v.double(), None, False) is None
+    assert plain_attention(q[0], k[0], v[0], None, False) is None
+    assert plain_attention(q, k, v[..., :8], None, False) is None
+    assert plain_attention(q, None, v, None, False) is None
+    assert plain_attention(torch._neg_view(q), k, v, None, False) is None
+    assert plain_attention(q.to("meta"), k.to("meta"), v.to("meta"), None, False) is None
+    with torch.profiler.profile():
+        assert plain_attention(q, k, v, None, False) is None
+    seen = []
+    torch.func.vmap(lambda x: (seen.append(plain_attention(x, k, v, None, False)), x)[1])(q[None])
+    torch.func.grad(lambda x: (seen.append(plain_attention(x, k, v, None, False)), x.sum())[1])(q)
+    assert seen == [None, None]
+
+
+def test_is_what_training_calls():
+    """The public functions and the patch take it, with a gradient and without."""
+    (q, k, v), _ = inputs(CASES["square"], FP32)
+    with fastattn.patched():
+        for call in (fastattn.attention, fastattn.scaled_dot_product_attention, F.scaled_dot_product_attention):
+            assert type(call(q, k, v).grad_fn).__name__ == "PlainAttentionBackward", call
+    with sdpa_kernel(SDPBackend.MATH):
+        assert (fastattn.attention(q, k, v) - F.scaled_dot_product_attention(q, k, v)).abs().max() < 2e-6
