@@ -93,6 +93,7 @@ def cpu_cases() -> list[Case]:
     """The table of goals on two CPU cores."""
     short = square(128, B=8, H=12)
     tiny = Problem(B=1, Hq=8, Hk=8, Lq=1, Lk=64, D=64)
+    layer = square(64, H=4, causal="top_left", layout="blhd")  # of a small model, as its projection lays it out
     one_head = square(1024, H=1, causal="top_left")
     return [
         case("fp32 forward full", FULL, "fp32", Goal(1.22, 0.85), presets=QUICK),
@@ -116,6 +117,8 @@ def cpu_cases() -> list[Case]:
         case("fp32 forward B8 H12 L128", short, "fp32", Goal(1.5)),
         case("bf16 forward B8 H12 L128", short, "bf16", Goal(2.2)),
         case("fp32 tiny Lq1 Lk64", tiny, "fp32", Goal(slower_by_us=5), presets=QUICK),
+        case("fp32 small forward H4 L64", layer, "fp32", Goal(1.0)),
+        case("fp32 small backward H4 L64", layer, "fp32", Goal(1.0), backward=True),
         case("fp32 backward H1, 1 -> 2 threads", one_head, "fp32", Goal(1.8), backward=True, extra="threads"),
     ]
 
