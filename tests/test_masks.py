@@ -71,6 +71,8 @@ def check_mask(mask: Mask, dense: Tensor, Lq: int, Lk: int) -> None:
     assert torch.equal(mask.to_dense(Lq, Lk), dense)
     assert mask.density(Lq, Lk) == pytest.approx(dense.double().mean().item(), abs=1e-12)
     assert {visible_pairs(mask, Lq, Lk, native=own) for own in BUILDERS} == {int(dense.sum())}
+    drawn = torch.randint(0, Lq, (3,))
+    assert torch.equal(mask.to_dense(Lq, Lk, drawn), dense[:, :, drawn])
     plans = [build_plan(mask, Lq, Lk, native=own) for own in BUILDERS]
     assert torch.equal(plans[0].to_dense(), dense)
     for plan in plans[1:] + [plan_from_dense(dense.contiguous(), Lq, Lk, native=own) for own in BUILDERS]:

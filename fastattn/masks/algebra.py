@@ -79,13 +79,23 @@ class Mask:
     def __invert__(self) -> Mask:
         return self.mask if isinstance(self, Not) else Not(self)
 
-    def to_dense(self, Lq: int, Lk: int) -> Tensor:
-        """bool [batches, heads, Lq, Lk], True = visible. O(Lq Lk) memory: for tests and small sizes."""
+    def to_dense(self, Lq: int, Lk: int, rows: Optional[Tensor] = None) -> Tensor:
+        """bool [batches, heads, Lq, Lk], True = visible; of some queries alone where int `rows` [n] names them.
+
+        O(Lq Lk) or O(n Lk) memory: for tests and small sizes. Errors: ValueError for rows that are not there.
+        """
         self._refuse(Lq, Lk)
         with data.plainly():
-            dense = torch.empty((*self.shape, Lq, Lk), dtype=torch.bool)
-            for i0, i1, rows in self._stretches(Lq, Lk):
-                dense[:, :, i0:i1] = to_bool(rows)
+            if rows is None:
+                dense = torch.empty((*self.shape, Lq, Lk), dtype=torch.bool)
+                for i0, i1, seen in self._stretches(Lq, Lk):
+                    dense[:, :, i0:i1] = to_bool(seen)
+                return dense
+            dense = torch.empty((*self.shape, len(rows), Lk), dtype=torch.bool)
+            for n, i in enumerate(rows.tolist()):
+                if not 0 <= i < Lq:
+                    raise ValueError(f"rows must be from 0 to {Lq - 1}, got {i}")
+                dense[:, :, n : n + 1] = to_bool(self.rows(Lq, Lk, i, i + 1))
         return dense
 
     def density(self, Lq: int, Lk: int) -> float:
