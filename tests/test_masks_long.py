@@ -50,6 +50,7 @@ def test_long_masks(name):
 @pytest.mark.parametrize("mask", [
     masks.strided(37) & masks.causal(), ~masks.dilated(64) | masks.causal("top_left"), masks.dilated(3, (90, None)),
     masks.longformer(9, [0, 5, 6, 69], 2), masks.bigbird(7, heads=3), masks.dilated(500) | masks.dilated(7, (5, 0)),
+    masks.dilated(2**62) & masks.causal(),
 ], ids=str)  # fmt: skip
 def test_long_masks_of_two_lengths(mask, Lq, Lk):
     plans = [build_plan(mask, Lq, Lk, native=own) for own in BUILDERS]

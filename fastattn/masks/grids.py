@@ -132,7 +132,8 @@ class dilated(Mask):
         return 1
 
     def program(self, Lq: int, Lk: int, i0: int, i1: int) -> list[Step]:
-        multiples: list[Step] = [] if self.step == 1 else [Multiples(self.step, Lk - Lq, Lk)]
+        step = min(self.step, Lq + Lk + 1)  # longer ones reach no other key either
+        multiples: list[Step] = [] if self.step == 1 else [Multiples(step, Lk - Lq, Lk)]
         if multiples and self.within is None:
             return multiples
         return [window(*self._sides).rows(Lq, Lk, i0, i1), *multiples, *(["intersect"] if multiples else [])]
