@@ -116,3 +116,19 @@ def test_masks_are_checked_by_some_rows_too(monkeypatch):
         (case,) = free.cases([(1, 4, 2, 40, 40, 16)], ["fp32"], None, "causal() & window(9)", backward, "cpu")
         outcomes = runner.check(case, masks.implementations(case))
         assert {outcome.status for outcome in outcomes.values()} == {"ok"}, outcomes
+
+
+def test_the_check_of_a_mask_forms_only_those_rows(monkeypatch):
+    monkeypatch.setattr(softmax, "GOLDEN_SCORES", 40 * 9)
+    (case,) = free.cases([(1, 1, 1, 40, 40, 16)], ["fp32"], None, "strided(3) & causal()", False, "cpu")
+    mask, formed = masks.mask_of(case.problem), []
+    to_dense = type(mask).to_dense
+
+    def recorded(*arguments):
+        formed.append(to_dense(*arguments))
+        return formed[-1]
+
+    monkeypatch.setattr(type(mask), "to_dense", recorded)
+    masks.golden(case, softmax.make(case)[0])
+    (visible,), rows = formed, softmax.checked_rows(case.problem, torch.device("cpu"))
+    assert visible.shape == (1, 1, 9, 40) and torch.equal(visible, to_dense(mask, 40, 40)[:, :, rows])

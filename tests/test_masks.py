@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastattn.backends import native
 from fastattn.masks import Mask, TilePlan, algebra, plan_from_dense
-from fastattn.masks.plan import build_plan
+from fastattn.masks.plan import build_plan, visible_pairs
 
 BUILDERS = [False] if native.status() else [True, False]
 SIZES = [(n, n) for n in LENGTHS] + [(64, 200), (200, 65), (1, 127), (127, 1)]
@@ -70,7 +70,10 @@ def check_mask(mask: Mask, dense: Tensor, Lq: int, Lk: int) -> None:
     dense = dense.expand(B, H, Lq, Lk)
     assert torch.equal(mask.to_dense(Lq, Lk), dense)
     assert mask.density(Lq, Lk) == pytest.approx(dense.double().mean().item(), abs=1e-12)
-    plans = [build_plan(mask._stretches(Lq, Lk), B, H, Lq, Lk, native=own) for own in BUILDERS]
+    assert {visible_pairs(mask, Lq, Lk, native=own) for own in BUILDERS} == {int(dense.sum())}
+    drawn = torch.randint(0, Lq, (3,))
+    assert torch.equal(mask.to_dense(Lq, Lk, drawn), dense[:, :, drawn])
+    plans = [build_plan(mask, Lq, Lk, native=own) for own in BUILDERS]
     assert torch.equal(plans[0].to_dense(), dense)
     for plan in plans[1:] + [plan_from_dense(dense.contiguous(), Lq, Lk, native=own) for own in BUILDERS]:
         assert_same_plan(plans[0], plan)
@@ -102,9 +105,9 @@ def test_random_expressions(part):
 def test_stretches_make_the_same_plan(monkeypatch):
     """Rows come a few tiles at a time where there are many: 64 here, all at once in the other tests."""
     made = expressions(60, seed=100)
-    whole = [build_plan(mask._stretches(Lq, Lk), *mask.shape, Lq, Lk) for mask, _, Lq, Lk in made]
+    whole = [build_plan(mask, Lq, Lk) for mask, _, Lq, Lk in made]
     monkeypatch.setattr(algebra, "_STRETCH", 1)
     for plan, (mask, dense, Lq, Lk) in zip(whole, made):
         assert len(list(mask._stretches(Lq, Lk))) == -(-Lq // 64)
         check_mask(mask, dense, Lq, Lk)
-        assert_same_plan(plan, build_plan(mask._stretches(Lq, Lk), *mask.shape, Lq, Lk))
+        assert_same_plan(plan, build_plan(mask, Lq, Lk))

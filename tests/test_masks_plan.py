@@ -118,7 +118,8 @@ def test_masks_of_other_heads_are_refused_before_they_are_planned():
 def test_builder_refuses_rows_it_cannot_hold():
     def build(lo, hi, i0=0, i1=70):
         builder = native._C.PlanBuilder(1, 1, 70, 100)
-        builder.add_intervals(*(torch.tensor(x, dtype=torch.int32).view(1, 1, 1, -1) for x in (lo, hi)), i0, i1)
+        ends = (torch.tensor(x, dtype=torch.int32).view(1, 1, 1, -1) for x in (lo, hi))
+        builder.add_rows([("intervals", *ends)], i0, i1)
         return builder
 
     assert build([3, 9], [5, 100]).finish() == (4, 3, 1)
@@ -127,7 +128,7 @@ def test_builder_refuses_rows_it_cannot_hold():
             build(lo, hi)
     refused = native._C.PlanBuilder(1, 1, 70, 100)
     with pytest.raises(ValueError, match="sorted"):
-        refused.add_intervals(*torch.tensor([[5], [3]], dtype=torch.int32).view(2, 1, 1, 1, 1), 0, 70)
+        refused.add_rows([("intervals", *torch.tensor([[5], [3]], dtype=torch.int32).view(2, 1, 1, 1, 1))], 0, 70)
     with pytest.raises(ValueError, match="missing"):
         refused.finish()
     for i0, i1 in ((64, 70), (0, 10), (0, 71), (10, 70), (70, 0), (-64, 0)):
@@ -136,21 +137,59 @@ def test_builder_refuses_rows_it_cannot_hold():
     with pytest.raises(ValueError, match="missing"):
         build([0], [5], 0, 64).finish()
     builder, rows = native._C.PlanBuilder(1, 1, 70, 100), torch.zeros(1, 1, 70, 2, dtype=torch.int32)
-    for call, arguments in (
-        (builder.add_intervals, (rows, rows[..., :1], 0, 70)),
-        (builder.add_intervals, (rows.long(), rows, 0, 70)),
-        (builder.add_intervals, (rows[:, :, :64], rows, 0, 70)),
-        (builder.add_words, (rows, 0, 70)),
-        (builder.add_words, (rows.long()[..., :1], 0, 70)),
-        (builder.add_mask, (torch.ones(1, 1, 70, 99, dtype=torch.bool), 1)),
-        (builder.add_mask, (torch.ones(1, 1, 70, 100, dtype=torch.bool), 0)),
-        (builder.add_mask, (torch.ones(1, 2, 70, 100, dtype=torch.bool), 1)),
+    good, one, ends = ("intervals", rows, rows), rows[..., :1], rows.flatten()
+    for steps in (
+        [("intervals", rows, rows[..., :1])],
+        [("intervals", rows.long(), rows)],
+        [("intervals", rows[:, :, :64], rows)],
+        [("intervals", rows.mT.contiguous().mT, rows)],
+        [("intervals", rows)],
+        [("lists", one, one + 141, ends, ends)],
+        [("lists", one - 1, one, ends, ends)],
+        [("lists", one + 1, one, ends, ends)],
+        [("lists", rows, rows, ends, ends)],
+        [("lists", one, one, ends, ends[:-1])],
+        [("lists", one.long(), one, ends, ends)],
+        [("lists", one, one + 2, ends + 90, ends + 101)],
+        [("words", rows)],
+        [("words", rows.long()[..., :1])],
+        [("multiples", 0, 0)],
+        [("multiples", 3, 2**33)],
+        [],
+        [()],
+        [good, good],
+        [("complement",)],
+        [good, ("unite",)],
+        [good, good, ("unite", 1)],
+        [good, ("nothing",)],
+        ["intervals"],
+    ):
+        for call in (native._C.PlanBuilder(1, 1, 70, 100).add_rows, builder.count_pairs):
+            with pytest.raises((ValueError, TypeError, RuntimeError)):
+                call(steps, 0, 70)
+    for i0, i1 in ((1, 70), (0, 71), (-64, 0), (64, 0), (0, 10)):
+        with pytest.raises(ValueError):
+            builder.count_pairs([("multiples", 3, 0)], i0, i1)
+    for mask, threads in (
+        (torch.ones(1, 1, 70, 99, dtype=torch.bool), 1),
+        (torch.ones(1, 1, 70, 100, dtype=torch.bool), 0),
+        (torch.ones(1, 2, 70, 100, dtype=torch.bool), 1),
     ):
         with pytest.raises((ValueError, TypeError)):
-            call(*arguments)
+            builder.add_mask(mask, threads)
     for sizes in ((-1, 1, 5, 5), (1, 1, 2**31, 5), (2**31 - 66, 2**31 - 66, 0, 0)):
         with pytest.raises(ValueError):
             native._C.PlanBuilder(*sizes)
+
+
+@needs_core
+def test_rows_that_share_one_end_only():
+    lo, hi = torch.zeros(1, 1, 1, 1, dtype=torch.int32), torch.tensor([7, 90], dtype=torch.int32).view(1, 2, 1, 1)
+    builder = native._C.PlanBuilder(1, 2, 128, 100)
+    assert builder.count_pairs([("intervals", lo, hi)], 0, 128) == 128 * 97
+    assert builder.count_pairs([("intervals", lo, hi[:, :1].expand(-1, -1, 128, -1))], 0, 128) == 2 * 128 * 7
+    words = torch.tensor([[1, 0], [3, 1]]).view(1, 2, 1, 2)
+    assert builder.count_pairs([("words", words), ("complement",)], 0, 128) == 128 * (99 + 97)
 
 
 def test_write_refuses_other_sizes():
@@ -224,7 +263,7 @@ def test_empty_lengths(Lq, Lk, own):
         masks.blocks(torch.ones(-(-Lq // 16), -(-Lk // 16), dtype=torch.bool), 16) & masks.full(),
         masks.dense(torch.ones(Lq, Lk, dtype=torch.bool)),
     ):
-        plan = build_plan(mask._stretches(Lq, Lk), *mask.shape, Lq, Lk, native=own)
+        plan = build_plan(mask, Lq, Lk, native=own)
         assert plan.to_dense().shape == mask.to_dense(Lq, Lk).shape == (1, 1, Lq, Lk)
         assert len(plan.rows) == len(plan.columns) == 0 and mask.density(Lq, Lk) == 0
         if native._C is not None:
@@ -281,23 +320,26 @@ def test_lengths_past_the_integers_of_float32(Lk):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak of /proc/self/status")
 @needs_core
 @pytest.mark.parametrize(
-    "L, budget_MiB, ids",
+    "L, budget_MiB, more",
     [
-        (2**17, 8, "torch.arange(L) * 8 // L"),
-        (2**20, 64, "torch.arange(L) * 8 // L"),
-        (2**14, 32, "torch.arange(L) % 2 * torch.arange(L)"),  # half of the tokens are documents of their own
-        (2**17, 64, "(torch.arange(L) % 512 > 0) * torch.arange(L)"),  # one document has the most intervals there are
+        (2**17, 8, "masks.documents(torch.arange(L) * 8 // L)"),
+        (2**20, 64, "masks.documents(torch.arange(L) * 8 // L)"),
+        # Half of the tokens are documents of their own; one document has the most intervals there are.
+        (2**14, 32, "masks.documents(torch.arange(L) % 2 * torch.arange(L))"),
+        (2**17, 64, "masks.documents((torch.arange(L) % 512 > 0) * torch.arange(L))"),
+        (2**17, 16, "masks.bigbird(16)"),
+        (2**17, 16, "~masks.strided(64)"),
+        (2**17, 16, "masks.dilated(64) | masks.global_tokens(torch.arange(0, L, 1000))"),
     ],
 )
-def test_memory_of_building(L, budget_MiB, ids):
-    """causal & documents & window, the algebra included; nothing of size Lq x Lk exists on the way."""
+def test_memory_of_building(L, budget_MiB, more):
+    """Causal, a window and more, the algebra included; nothing of size Lq x Lk exists on the way."""
     code = f"""
         import torch
         from fastattn import masks
 
         def build(L):
-            ids = {ids}
-            return (masks.causal() & masks.documents(ids) & masks.window(4096, None)).plan(L, L)
+            return (masks.causal() & ({more}) & masks.window(4096, None)).plan(L, L)
 
         def peak():
             return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])

@@ -113,6 +113,14 @@ def test_constructors_refuse(name):
         call()
 
 
+def test_rows_that_are_not_there():
+    assert masks.causal().to_dense(3, 4, torch.tensor([2, 0, 2])).sum(-1).tolist() == [[[4, 2, 4]]]
+    assert masks.prefix([1, 2]).to_dense(3, 4, torch.zeros(0, dtype=torch.int64)).shape == (2, 1, 0, 4)
+    for row in (-1, 3):
+        with pytest.raises(ValueError, match=f"rows must be from 0 to 2, got {row}"):
+            masks.causal().to_dense(3, 4, torch.tensor([0, row]))
+
+
 @pytest.mark.parametrize("use", ["to_dense", "density", "plan", "plot", "to_flex"])
 @pytest.mark.parametrize("name", LENGTHS_REFUSED)
 def test_lengths_are_refused(name, use):

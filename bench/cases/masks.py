@@ -160,8 +160,9 @@ make, leaves, checked, pick = softmax.make, softmax.leaves, softmax.checked, sof
 
 
 def golden(case: Case, inputs: Inputs) -> dict[str, Tensor]:
-    visible = mask_of(case.problem).to_dense(case.problem.Lq, case.problem.Lk).to(inputs.q.device)
-    return softmax.golden(case, inputs._replace(mask=visible))
+    problem, device = case.problem, inputs.q.device
+    visible = mask_of(problem).to_dense(problem.Lq, problem.Lk, softmax.checked_rows(problem, device))
+    return softmax.golden_of(case, inputs, visible.to(device))
 
 
 def peers(case: Case) -> dict[str, Callable[[], Implementation]]:

@@ -226,7 +226,7 @@ def _kv_heads(problem: Problem) -> list[int]:
     return [problem.Hk - 1 - i * problem.Hk // count for i in range(count)]
 
 
-def _rows(problem: Problem, device: torch.device) -> Tensor | None:
+def checked_rows(problem: Problem, device: torch.device) -> Tensor | None:
     """Query rows that the check looks at, drawn at random with the last one among them; None: all."""
     count = max(1, GOLDEN_SCORES // (problem.Hq // problem.Hk * problem.Lk))
     if count >= problem.Lq:
@@ -237,7 +237,7 @@ def _rows(problem: Problem, device: torch.device) -> Tensor | None:
 
 def checked(case: Case, inputs: Inputs) -> Inputs:
     """What the check computes with: gradients come from the rows that `golden` has and from no other."""
-    rows = _rows(case.problem, inputs.dout.device)
+    rows = checked_rows(case.problem, inputs.dout.device)
     if rows is None:
         return inputs
     return inputs._replace(dout=torch.zeros_like(inputs.dout).index_copy_(2, rows, inputs.dout[:, :, rows]))
@@ -248,17 +248,21 @@ def pick(case: Case, name: str, result: Tensor) -> Tensor:
     problem, heads = case.problem, _kv_heads(case.problem)
     if name not in ("out", "dq"):
         return result[-1:, heads]
-    group, rows = problem.Hq // problem.Hk, _rows(problem, result.device)
+    group, rows = problem.Hq // problem.Hk, checked_rows(problem, result.device)
     found = result[-1:, [h * group + g for h in heads for g in range(group)]]
     return found if rows is None else found[:, :, rows]
 
 
 def golden(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     """out, or dq, dk, dv, in fp64 by the dense reference, for some heads of the last batch, and rows where they are long."""
-    problem = case.problem
+    rows = checked_rows(case.problem, inputs.q.device)
+    return golden_of(case, inputs, everyone.visible(case.problem, inputs, rows))
+
+
+def golden_of(case: Case, inputs: Inputs, visible: Tensor | None) -> dict[str, Tensor]:
+    """`golden`, where those rows see the pairs of `visible`."""
     q, k, v = (pick(case, n, t).detach().double().requires_grad_(case.backward) for n, t in leaves(inputs).items())
-    visible = everyone.visible(problem, inputs, _rows(problem, q.device))
-    out = fastattn.attention(q, k, v, mask=visible, softcap=problem.softcap, backend="reference")
+    out = fastattn.attention(q, k, v, mask=visible, softcap=case.problem.softcap, backend="reference")
     if not case.backward:
         return {"out": out}
     grads = torch.autograd.grad(out, (q, k, v), pick(case, "out", inputs.dout).double())

@@ -1,7 +1,11 @@
 // _C.PlanBuilder and _C.check_plan: tile plans as int tensors, see fastattn/masks/plan.py.
 #include "plan.h"
 
+#include <pybind11/stl.h>
+
+#include <cstdlib>
 #include <cstring>
+#include <vector>
 
 #include "fastattn/plan_builder.h"
 #include "tensor.h"
@@ -53,19 +57,15 @@ class Builder {
     Builder(int64_t batches, int64_t heads, int64_t Lq, int64_t Lk)
         : batches_(batches), heads_(heads), Lq_(Lq), Lk_(Lk), builder_(batches, heads, Lq, Lk) {}
 
-    void add_intervals(py::handle lo, py::handle hi, int64_t i0, int64_t i1) {
-        const TensorView from = rows_view(lo, "lo", DType::kInt32, i0, i1),
-                         to = rows_view(hi, "hi", DType::kInt32, i0, i1);
-        if (from.size[3] != to.size[3]) refuse("lo and hi must have the same number of intervals");
-        const py::gil_scoped_release released;
-        builder_.add_intervals(from, to, i0, i1);
+    void add_rows(const py::sequence& steps, int64_t i0, int64_t i1) {
+        with_steps(steps, i0, i1, [&](const std::vector<RowStep>& found) { builder_.add_rows(found, i0, i1); });
     }
 
-    void add_words(py::handle words, int64_t i0, int64_t i1) {
-        const TensorView view = rows_view(words, "words", DType::kInt64, i0, i1);
-        if (view.size[3] != tile_count(Lk_)) refuse("words must have one word for 64 keys");
-        const py::gil_scoped_release released;
-        builder_.add_words(view, i0, i1);
+    int64_t count_pairs(const py::sequence& steps, int64_t i0, int64_t i1) const {
+        int64_t pairs = 0;
+        with_steps(steps, i0, i1,
+                   [&](const std::vector<RowStep>& found) { pairs = builder_.count_pairs(found, i0, i1); });
+        return pairs;
     }
 
     void add_mask(py::handle mask, int threads) {
@@ -97,6 +97,56 @@ class Builder {
     }
 
    private:
+    template <class F>
+    void with_steps(const py::sequence& steps, int64_t i0, int64_t i1, F&& f) const {
+        const auto kept = py::cast<std::vector<py::tuple>>(steps);  // with the tensors in them
+        std::vector<RowStep> found;
+        for (const py::tuple& step : kept) found.push_back(row_step(step, i0, i1));
+        const py::gil_scoped_release released;
+        f(found);
+    }
+
+    RowStep row_step(const py::tuple& step, int64_t i0, int64_t i1) const {
+        const auto name = step.empty() ? std::string() : py::cast<std::string>(step[0]);
+        const size_t given = step.size() - 1;
+        RowStep found{};
+        if (name == "intervals" && given == 2) {
+            found.op = RowStep::kIntervals;
+            found.lo = rows_view(step[1], "lo", DType::kInt32, i0, i1);
+            found.hi = rows_view(step[2], "hi", DType::kInt32, i0, i1);
+        } else if (name == "lists" && given == 4) {
+            found.op = RowStep::kIntervals;
+            found.start = rows_view(step[1], "start", DType::kInt32, i0, i1);
+            found.end = rows_view(step[2], "end", DType::kInt32, i0, i1);
+            if (found.start.size[3] != 1 || found.end.size[3] != 1) refuse("start and end must be [.., rows, 1]");
+            found.lo = view_as(step[3], "lo", 1, DType::kInt32);
+            found.hi = view_as(step[4], "hi", 1, DType::kInt32);
+        } else if (name == "words" && given == 1) {
+            found.op = RowStep::kWords;
+            found.words = rows_view(step[1], "words", DType::kInt64, i0, i1);
+            if (found.words.size[3] != tile_count(Lk_)) refuse("words must have one word for 64 keys");
+        } else if (name == "multiples" && given == 2) {
+            found.op = RowStep::kMultiples;
+            found.step = py::cast<int64_t>(step[1]);
+            found.shift = py::cast<int64_t>(step[2]);
+            const int64_t limit = int64_t{1} << 32;
+            if (found.step < 1 || found.step > limit || std::abs(found.shift) > limit) {
+                refuse("multiples are of a step from 1 to 2^32, shifted by no more");
+            }
+        } else if ((name == "intersect" || name == "unite" || name == "complement") && given == 0) {
+            found.op = name == "intersect" ? RowStep::kIntersect
+                       : name == "unite"   ? RowStep::kUnite
+                                           : RowStep::kComplement;
+        } else {
+            refuse("unknown step of rows: " + name + " of " + std::to_string(given));
+        }
+        if (found.lo.size[3] != found.hi.size[3]) refuse("lo and hi must have the same number of intervals");
+        for (const TensorView* ends : {&found.lo, &found.hi}) {
+            if (ends->size[3] > 1 && ends->stride[3] != 1) refuse("intervals of a row must be contiguous");
+        }
+        return found;
+    }
+
     TensorView rows_view(py::handle tensor, const char* name, DType dtype, int64_t i0, int64_t i1) const {
         const TensorView view = view_as(tensor, name, 4, dtype);
         const int64_t wanted[3] = {batches_, heads_, i1 - i0};
@@ -161,8 +211,10 @@ void register_plan(py::module_& m) {
     py::class_<Builder>(m, "PlanBuilder", "Builds a tile plan from stretches of query rows.")
         .def(py::init<int64_t, int64_t, int64_t, int64_t>(), py::arg("batches"), py::arg("heads"), py::arg("Lq"),
              py::arg("Lk"))
-        .def("add_intervals", &Builder::add_intervals, "add_intervals(lo, hi, i0, i1): int32 [B|1, H|1, i1-i0|1, R]")
-        .def("add_words", &Builder::add_words, "add_words(words, i0, i1): int64 [B|1, H|1, i1-i0|1, ceil(Lk/64)]")
+        .def("add_rows", &Builder::add_rows,
+             "add_rows(steps, i0, i1): postfix of ('intervals', lo, hi), ('lists', start, end, lo, hi), "
+             "('words', words), ('multiples', step, shift), ('intersect',), ('unite',), ('complement',)")
+        .def("count_pairs", &Builder::count_pairs, "count_pairs(steps, i0, i1) -> visible pairs of these rows alone")
         .def("add_mask", &Builder::add_mask, "add_mask(mask, threads): bool [B|1, H|1, Lq|1, Lk|1]")
         .def("finish", &Builder::finish, "finish() -> number of rows, columns and bit tiles")
         .def("write", &Builder::write, "write(tensors): fills the seven tensors of a TilePlan");

@@ -5,54 +5,64 @@
 #include <initializer_list>
 #include <limits>
 #include <stdexcept>
-#include <unordered_map>
 
 #include "fastattn/parallel.h"
+#include "plan_rows.h"
 
 namespace fastattn {
 namespace {
 
-FASTATTN_INLINE uint64_t low_bits(int64_t n) { return n >= kTile ? ~uint64_t{0} : (uint64_t{1} << n) - 1; }
-
 uint64_t hash_of(const uint64_t* tile) {
-    uint64_t hash = 0;
-    for (int64_t r = 0; r < kTile; ++r) hash = (hash ^ tile[r]) * 0x9e3779b97f4a7c15u + (hash >> 29);
-    return hash;
+    uint64_t lane[4] = {1, 2, 3, 4};  // four chains of products at once
+    const auto mix = [](uint64_t hash, uint64_t x) { return (hash ^ x) * 0x9e3779b97f4a7c15u + (hash >> 29); };
+    for (int64_t r = 0; r < kTile; ++r) lane[r % 4] = mix(lane[r % 4], tile[r]);
+    const uint64_t hash = mix(mix(mix(lane[0], lane[1]), lane[2]), lane[3]);
+    return hash ^ hash >> 32;
 }
 
 // Stores equal partial tiles once.
 class TileTable {
    public:
     int32_t add(const uint64_t* tile, uint64_t hash) {
-        const auto range = known_.equal_range(hash);
-        for (auto it = range.first; it != range.second; ++it) {
-            if (!std::memcmp(words.data() + it->second * kTile, tile, kTile * 8)) return it->second;
+        const size_t count = words.size() / kTile;
+        if (2 * count >= slots_.size()) grow();
+        Slot* slot = find(hash, [&](const Slot& s) {
+            return s.hash == hash && !std::memcmp(words.data() + s.number * kTile, tile, kTile * 8);
+        });
+        if (slot->number < 0) {
+            if (count >= std::numeric_limits<int32_t>::max())
+                throw std::length_error("the plan has over 2^31 bit tiles");
+            words.insert(words.end(), tile, tile + kTile);
+            *slot = {hash, static_cast<int32_t>(count)};
         }
-        const size_t at = words.size() / kTile;
-        if (at >= std::numeric_limits<int32_t>::max()) throw std::length_error("the plan has over 2^31 bit tiles");
-        words.insert(words.end(), tile, tile + kTile);
-        known_.emplace(hash, static_cast<int32_t>(at));
-        return static_cast<int32_t>(at);
+        return slot->number;
     }
     std::vector<uint64_t> words;
 
    private:
-    std::unordered_multimap<uint64_t, int32_t> known_;
-};
+    struct Slot {
+        uint64_t hash = 0;
+        int32_t number = -1;
+    };
 
-enum Kind : uint8_t { kEmpty, kPartial, kFull };
-
-// Rows past Lq repeat the last one: they make no tile partial. Keys past Lk are 0 in `all` as in the words.
-Kind classify(uint64_t* tile, int64_t rows, uint64_t all) {
-    for (int64_t r = rows; r < kTile; ++r) tile[r] = tile[rows - 1];
-    uint64_t any = 0, every = all;
-    for (int64_t r = 0; r < kTile; ++r) {
-        tile[r] &= all;
-        any |= tile[r];
-        every &= tile[r];
+    // The first slot from that of `hash` on that is free or `wanted`.
+    template <class F>
+    Slot* find(uint64_t hash, F&& wanted) {
+        size_t at = hash & (slots_.size() - 1);
+        while (slots_[at].number >= 0 && !wanted(slots_[at])) at = (at + 1) & (slots_.size() - 1);
+        return &slots_[at];
     }
-    return !any ? kEmpty : every == all ? kFull : kPartial;
-}
+
+    void grow() {
+        std::vector<Slot> old(std::max<size_t>(64, 2 * slots_.size()));
+        old.swap(slots_);
+        for (const Slot& slot : old) {
+            if (slot.number >= 0) *find(slot.hash, [](const Slot&) { return false; }) = slot;
+        }
+    }
+
+    std::vector<Slot> slots_;
+};
 
 void append(std::vector<TileRun>* runs, size_t first_of_list, int32_t tile, int32_t count, int32_t bits) {
     if (bits < 0 && runs->size() > first_of_list) {
@@ -63,27 +73,6 @@ void append(std::vector<TileRun>* runs, size_t first_of_list, int32_t tile, int3
         }
     }
     runs->push_back({tile, count, bits});
-}
-
-// Key tiles one row's interval touches and covers whole.
-struct Extent {
-    int32_t touch, touch_end, cover, cover_end;
-    bool operator==(const Extent& o) const {
-        return touch == o.touch && touch_end == o.touch_end && cover == o.cover && cover_end == o.cover_end;
-    }
-};
-
-// From key tile `tile` on, this many more rows touch it and cover it whole.
-struct Change {
-    int32_t tile, touch, cover;
-};
-
-void push_changes(std::vector<Change>* changes, const Extent& e, int32_t rows) {
-    changes->push_back({e.touch, rows, 0});
-    changes->push_back({e.touch_end, -rows, 0});
-    if (e.cover >= e.cover_end) return;
-    changes->push_back({e.cover, 0, rows});
-    changes->push_back({e.cover_end, 0, -rows});
 }
 
 }  // namespace
@@ -98,9 +87,6 @@ struct PlanBuilder::State {
     std::vector<Slice> slices;
     TileTable table;
     std::vector<uint64_t> block;
-    std::vector<int32_t> lo, hi;  // [rows][R] of one query tile
-    std::vector<Change> changes;
-    int64_t behind[kTile];
 
     uint64_t all(int64_t tile) const { return low_bits(Lk - tile * kTile); }
     int64_t rows(int64_t t) const { return std::min(kTile, Lq - t * kTile); }
@@ -135,95 +121,8 @@ struct PlanBuilder::State {
         append(&slice->runs, list_begin(*slice), static_cast<int32_t>(k), 1, bits);
     }
 
-    void read_intervals(const TensorView& lo_view, const TensorView& hi_view, int64_t b, int64_t h, int64_t i,
-                        int64_t rows);
-    void add_partial(Slice* slice, int64_t rows, int64_t R, int64_t k);
-    void add_interval_tile(Slice* slice, int64_t rows, int64_t R);
     void number_in_order();
 };
-
-// Fills lo and hi and sorts out what begins and ends where, after the checks that keep every index in range.
-void PlanBuilder::State::read_intervals(const TensorView& lo_view, const TensorView& hi_view, int64_t b, int64_t h,
-                                        int64_t i, int64_t rows) {
-    const int64_t R = lo_view.size[3];
-    const int64_t distinct = lo_view.size[2] == 1 && hi_view.size[2] == 1 ? 1 : rows;
-    lo.resize(static_cast<size_t>(rows * R));
-    hi.resize(lo.size());
-    for (int64_t r = 0; r < rows; ++r) {
-        const auto* from = reinterpret_cast<const int32_t*>(lo_view.row(b, h, i + r));
-        const auto* to = reinterpret_cast<const int32_t*>(hi_view.row(b, h, i + r));
-        int64_t end = 0;
-        for (int64_t c = 0; c < R; ++c) {
-            const int32_t first = from[c * lo_view.last_stride()], last = to[c * hi_view.last_stride()];
-            if (first < end || last < first || last > Lk) {
-                throw std::invalid_argument("intervals must be sorted, disjoint and within the keys");
-            }
-            end = last;
-            lo[r * R + c] = first;
-            hi[r * R + c] = last;
-        }
-    }
-    changes.clear();
-    for (int64_t c = 0; c < R; ++c) {
-        Extent current{};
-        int32_t same = 0;
-        for (int64_t r = 0; r < distinct; ++r) {
-            const int32_t first = lo[r * R + c], last = hi[r * R + c];
-            if (first == last) continue;
-            const Extent e{static_cast<int32_t>(first / kTile), static_cast<int32_t>(tile_count(last)),
-                           static_cast<int32_t>(tile_count(first)),
-                           static_cast<int32_t>(last == Lk ? k_tiles : last / kTile)};
-            const int32_t weight = static_cast<int32_t>(rows / distinct);
-            if (same && e == current) {
-                same += weight;
-                continue;
-            }
-            if (same) push_changes(&changes, current, same);
-            current = e;
-            same = weight;
-        }
-        if (same) push_changes(&changes, current, same);
-    }
-    std::sort(changes.begin(), changes.end(), [](const Change& a, const Change& b) { return a.tile < b.tile; });
-}
-
-// Called for increasing k: each row remembers how many of its intervals lie behind.
-void PlanBuilder::State::add_partial(Slice* slice, int64_t rows, int64_t R, int64_t k) {
-    uint64_t tile[kTile];
-    const int64_t j0 = k * kTile;
-    for (int64_t r = 0; r < rows; ++r) {
-        const int32_t *from = lo.data() + r * R, *to = hi.data() + r * R;
-        int64_t& c = behind[r];
-        while (c < R && to[c] <= j0) ++c;
-        uint64_t word = 0;
-        for (int64_t at = c; at < R && from[at] < j0 + kTile; ++at) {
-            word |= low_bits(to[at] - j0) & ~low_bits(std::max<int64_t>(from[at] - j0, 0));
-        }
-        tile[r] = word;
-    }
-    const Kind kind = classify(tile, rows, all(k));
-    add(slice, k, tile, kind, kind == kPartial ? hash_of(tile) : 0);
-}
-
-// Between two changes all key tiles are touched and covered by the same number of rows.
-void PlanBuilder::State::add_interval_tile(Slice* slice, int64_t rows, int64_t R) {
-    int64_t touching = 0, covering = 0;
-    std::fill(behind, behind + kTile, 0);
-    for (size_t at = 0; at < changes.size();) {
-        const int32_t first = changes[at].tile;
-        for (; at < changes.size() && changes[at].tile == first; ++at) {
-            touching += changes[at].touch;
-            covering += changes[at].cover;
-        }
-        if (!touching) continue;
-        const int32_t end = changes[at].tile;
-        if (covering == rows) {
-            append(&slice->runs, list_begin(*slice), first, end - first, -1);
-            continue;
-        }
-        for (int32_t k = first; k < end; ++k) add_partial(slice, rows, R, k);
-    }
-}
 
 PlanBuilder::PlanBuilder(int64_t batches, int64_t heads, int64_t Lq, int64_t Lk) : state_(new State) {
     constexpr int64_t kLongest = std::numeric_limits<int32_t>::max() - kTile;
@@ -243,29 +142,36 @@ PlanBuilder::PlanBuilder(int64_t batches, int64_t heads, int64_t Lq, int64_t Lk)
 
 PlanBuilder::~PlanBuilder() = default;
 
-void PlanBuilder::add_intervals(const TensorView& lo, const TensorView& hi, int64_t i0, int64_t i1) {
+void PlanBuilder::add_rows(const std::vector<RowStep>& steps, int64_t i0, int64_t i1) {
     State& s = *state_;
+    RowProgram program(steps, i0, s.Lq, s.Lk);
     s.begin(i0, i1);
     s.for_tiles(i0, i1, [&](State::Slice& slice, int64_t b, int64_t h, int64_t t) {
-        s.read_intervals(lo, hi, b, h, t * kTile - i0, s.rows(t));
-        s.add_interval_tile(&slice, s.rows(t), lo.size[3]);
+        const size_t first_of_list = State::list_begin(slice);
+        for (const Span& span : program.of(b, h, t)) {
+            BitTile* tile = span.partial;
+            if (tile && tile->number < 0) tile->number = s.table.add(tile->row, hash_of(tile->row));
+            append(&slice.runs, first_of_list, span.first, span.count, tile ? tile->number : -1);
+        }
     });
 }
 
-void PlanBuilder::add_words(const TensorView& words, int64_t i0, int64_t i1) {
-    State& s = *state_;
-    s.begin(i0, i1);
-    uint64_t tile[kTile];
-    s.for_tiles(i0, i1, [&](State::Slice& slice, int64_t b, int64_t h, int64_t t) {
-        const int64_t rows = s.rows(t), stride = words.last_stride();
-        for (int64_t k = 0; k < s.k_tiles; ++k) {
-            for (int64_t r = 0; r < rows; ++r) {
-                tile[r] = reinterpret_cast<const uint64_t*>(words.row(b, h, t * kTile - i0 + r))[k * stride];
-            }
-            const Kind kind = classify(tile, rows, s.all(k));
-            s.add(&slice, k, tile, kind, kind == kPartial ? hash_of(tile) : 0);
+int64_t PlanBuilder::count_pairs(const std::vector<RowStep>& steps, int64_t i0, int64_t i1) const {
+    const State& s = *state_;
+    if (i0 < 0 || i0 % kTile || i1 < i0 || i1 > s.Lq || (i1 % kTile && i1 != s.Lq)) {
+        throw std::invalid_argument("rows must be counted in whole tiles");
+    }
+    RowProgram program(steps, i0, s.Lq, s.Lk);
+    int64_t pairs = 0;
+    for (int64_t list = 0, tiles = tile_count(i1) - i0 / kTile; list < s.batches * s.heads * tiles; ++list) {
+        const int64_t b = list / tiles / s.heads, h = list / tiles % s.heads, t = i0 / kTile + list % tiles;
+        const int64_t rows = std::min(kTile, i1 - t * kTile);
+        for (const Span& span : program.of(b, h, t)) {
+            if (!span.partial) pairs += rows * (std::min((span.first + span.count) * kTile, s.Lk) - span.first * kTile);
+            for (int64_t r = 0; span.partial && r < rows; ++r) pairs += __builtin_popcountll(span.partial->row[r]);
         }
-    });
+    }
+    return pairs;
 }
 
 void PlanBuilder::add_mask(const TensorView& mask, int threads) {

@@ -186,16 +186,24 @@ def _dense_states(x: LinearTensors) -> LinearTensors:
     return x._replace(kv=kv, z=z, cu_seqlens=cu_seqlens)
 
 
-def plan_of_rows(stretches, batches: int, heads: int, Lq: int, Lk: int) -> tuple[torch.Tensor, ...]:
-    """The seven tensors of a fastattn.masks.TilePlan, from (i0, i1, rows) in order: intervals lo, hi or words."""
+def plan_of_programs(programs, batches: int, heads: int, Lq: int, Lk: int) -> tuple[torch.Tensor, ...]:
+    """The seven tensors of a fastattn.masks.TilePlan, from (i0, i1, steps) in order."""
     assert _C is not None
     builder = _C.PlanBuilder(batches, heads, Lq, Lk)
-    for i0, i1, rows in stretches:
-        if hasattr(rows, "words"):
-            builder.add_words(rows.words, i0, i1)
-        else:
-            builder.add_intervals(rows.lo, rows.hi, i0, i1)
+    for i0, i1, steps in programs:
+        builder.add_rows(_row_steps(steps), i0, i1)
     return _plan_tensors(builder, batches * heads, Lq, Lk)
+
+
+def visible_pairs(programs, batches: int, heads: int, Lq: int, Lk: int) -> int:
+    assert _C is not None
+    builder = _C.PlanBuilder(batches, heads, Lq, Lk)
+    return sum(builder.count_pairs(_row_steps(steps), i0, i1) for i0, i1, steps in programs)
+
+
+def _row_steps(steps) -> list[tuple]:
+    """Of names, and of named tuples (Intervals, Words, ...) that end with Lk."""
+    return [(step,) if isinstance(step, str) else (type(step).__name__.lower(), *step[:-1]) for step in steps]
 
 
 def plan_of_mask(mask: torch.Tensor, Lq: int, Lk: int) -> tuple[torch.Tensor, ...]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from . import data
-from .plan import TilePlan, build_plan
-from .rows import TILE, Rows, complement, intersect, most_intervals, to_bool, unite, visible_keys
+from .plan import TilePlan, build_plan, visible_pairs
+from .rows import TILE, Rows, Step, complement, intersect, most_intervals, to_bool, unite
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MAX_LENGTH = 2**31 - 65
 _PLANS = 16  # plans kept by a mask: a few lengths on a few devices
 _DEPTH = 100  # of nested &, | and ~, which are worked on by recursion
-_STRETCH = 2**15  # intervals or words that are in memory at once
+_STRETCH = 2**16  # intervals or words that are in memory at once
 
 _kinds: dict[str, type[Mask]] = {}
 
@@ -52,6 +52,14 @@ class Mask:
         """An upper bound of intervals per row; over most_intervals(Lk), rows may come as bits."""
         return 1
 
+    def program(self, Lq: int, Lk: int, i0: int, i1: int) -> list[Step]:
+        """The same for the native builder, in whatever form is short: it combines tiles, not rows."""
+        return [self.rows(Lq, Lk, i0, i1)]
+
+    def program_width(self, Lq: int, Lk: int) -> int:
+        """About how many intervals or words `program` takes for each query."""
+        return self._row_width(Lq, Lk)
+
     def refuse_lengths(self, Lq: int, Lk: int) -> None:
         """ValueError, naming both, if the pattern fixes other lengths."""
 
@@ -71,26 +79,33 @@ class Mask:
     def __invert__(self) -> Mask:
         return self.mask if isinstance(self, Not) else Not(self)
 
-    def to_dense(self, Lq: int, Lk: int) -> Tensor:
-        """bool [batches, heads, Lq, Lk], True = visible. O(Lq Lk) memory: for tests and small sizes."""
+    def to_dense(self, Lq: int, Lk: int, rows: Optional[Tensor] = None) -> Tensor:
+        """bool [batches, heads, Lq, Lk], True = visible; of some queries alone where int `rows` [n] names them.
+
+        O(Lq Lk) or O(n Lk) memory: for tests and small sizes. Errors: ValueError for rows that are not there.
+        """
         self._refuse(Lq, Lk)
         with data.plainly():
-            dense = torch.empty((*self.shape, Lq, Lk), dtype=torch.bool)
-            for i0, i1, rows in self._stretches(Lq, Lk):
-                dense[:, :, i0:i1] = to_bool(rows)
+            if rows is None:
+                dense = torch.empty((*self.shape, Lq, Lk), dtype=torch.bool)
+                for i0, i1, seen in self._stretches(Lq, Lk):
+                    dense[:, :, i0:i1] = to_bool(seen)
+                return dense
+            dense = torch.empty((*self.shape, len(rows), Lk), dtype=torch.bool)
+            for n, i in enumerate(rows.tolist()):
+                if not 0 <= i < Lq:
+                    raise ValueError(f"rows must be from 0 to {Lq - 1}, got {i}")
+                dense[:, :, n : n + 1] = to_bool(self.rows(Lq, Lk, i, i + 1))
         return dense
 
     def density(self, Lq: int, Lk: int) -> float:
         """The visible share of all (query, key) pairs, over batches and heads; 0 where there is no pair."""
         self._refuse(Lq, Lk)
-        B, H = self.shape
-        pairs, visible = B * H * Lq * Lk, 0
+        pairs = self.shape[0] * self.shape[1] * Lq * Lk
         if not pairs:
             return 0.0
         with data.plainly():
-            for i0, i1, rows in self._stretches(Lq, Lk):
-                visible += visible_keys(rows) * (B * H * (i1 - i0) // rows[0].shape[:3].numel())
-        return visible / pairs
+            return visible_pairs(self, Lq, Lk) / pairs
 
     def plan(self, Lq: int, Lk: int, tile: int = TILE, device: Union[str, torch.device] = "cpu") -> TilePlan:
         """The tiles a kernel visits (see `TilePlan`), kept for the lengths and devices used last. tile is 64.
@@ -106,7 +121,7 @@ class Mask:
         self._refuse(Lq, Lk)
         plans = self._plans
         with data.plainly():
-            plan = plans.get((Lq, Lk, "cpu")) or build_plan(self._stretches(Lq, Lk), *self.slices, Lq, Lk)
+            plan = plans.get((Lq, Lk, "cpu")) or build_plan(self, Lq, Lk)
             plan = plan.to(device)
         for oldest in list(plans)[: 1 + len(plans) - _PLANS]:
             plans.pop(oldest, None)
@@ -191,12 +206,22 @@ class Mask:
 
     def _stretches(self, Lq: int, Lk: int) -> Iterator[tuple[int, int, Rows]]:
         """(i0, i1, rows) for whole tiles of queries, as many at once as fit a small piece of memory."""
-        bound = self.interval_bound(Lq, Lk)
-        per_row = self.shape[0] * self.shape[1] * (bound if bound <= most_intervals(Lk) else -(-Lk // 64))
-        step = TILE * max(1, _STRETCH // max(per_row, 1) // TILE)
-        for i0 in range(0, Lq, step):
-            i1 = min(i0 + step, Lq)
+        for i0, i1 in _cuts(Lq, self._row_width(Lq, Lk)):
             yield i0, i1, self.rows(Lq, Lk, i0, i1)
+
+    def _programs(self, Lq: int, Lk: int) -> Iterator[tuple[int, int, list[Step]]]:
+        for i0, i1 in _cuts(Lq, self.program_width(Lq, Lk)):
+            yield i0, i1, self.program(Lq, Lk, i0, i1)
+
+    def _row_width(self, Lq: int, Lk: int) -> int:
+        bound = self.interval_bound(Lq, Lk)
+        return self.shape[0] * self.shape[1] * (bound if bound <= most_intervals(Lk) else -(-Lk // 64))
+
+
+def _cuts(Lq: int, width: int) -> Iterator[tuple[int, int]]:
+    step = TILE * max(1, _STRETCH // max(width, 1) // TILE)
+    for i0 in range(0, Lq, step):
+        yield i0, min(i0 + step, Lq)
 
 
 def _joined(kind: type[Union[And, Or]], a: Mask, b: Mask) -> tuple[Mask, ...]:
@@ -237,6 +262,13 @@ class _Combined(Mask):
         for mask in self.masks:
             mask.refuse_lengths(Lq, Lk)
 
+    def program_width(self, Lq: int, Lk: int) -> int:
+        return sum(mask.program_width(Lq, Lk) for mask in self.masks)
+
+    def _combined(self, how: str, Lq: int, Lk: int, i0: int, i1: int) -> list[Step]:
+        first, *others = (mask.program(Lq, Lk, i0, i1) for mask in self.masks)
+        return first + [step for other in others for step in (*other, how)]
+
     def _grouped(self, group: type[_Combined]) -> list[str]:
         return [f"({mask!r})" if isinstance(mask, group) else repr(mask) for mask in self.masks]
 
@@ -250,6 +282,9 @@ class And(_Combined):
         for rows in others:
             first = intersect(first, rows)
         return first
+
+    def program(self, Lq: int, Lk: int, i0: int, i1: int) -> list[Step]:
+        return self._combined("intersect", Lq, Lk, i0, i1)
 
     def interval_bound(self, Lq: int, Lk: int) -> int:
         return sum(mask.interval_bound(Lq, Lk) - 1 for mask in self.masks) + 1
@@ -267,6 +302,9 @@ class Or(_Combined):
         for rows in others:
             first = unite(first, rows)
         return first
+
+    def program(self, Lq: int, Lk: int, i0: int, i1: int) -> list[Step]:
+        return self._combined("unite", Lq, Lk, i0, i1)
 
     def interval_bound(self, Lq: int, Lk: int) -> int:
         return sum(mask.interval_bound(Lq, Lk) for mask in self.masks)
@@ -298,6 +336,12 @@ class Not(Mask):
 
     def rows(self, Lq: int, Lk: int, i0: int, i1: int) -> Rows:
         return complement(self.mask.rows(Lq, Lk, i0, i1))
+
+    def program(self, Lq: int, Lk: int, i0: int, i1: int) -> list[Step]:
+        return [*self.mask.program(Lq, Lk, i0, i1), "complement"]
+
+    def program_width(self, Lq: int, Lk: int) -> int:
+        return self.mask.program_width(Lq, Lk)
 
     def __repr__(self) -> str:
         return f"~({self.mask!r})" if isinstance(self.mask, _Combined) else f"~{self.mask!r}"

@@ -17,13 +17,19 @@ from .algebra import Mask
 from .patterns import refuse_length, window
 from .rows import (
     Intervals,
+    Lists,
+    Multiples,
     Rows,
+    Step,
     Words,
     compact,
     intersect,
+    intervals_of,
+    lists_of,
     most_intervals,
     pack,
     settle,
+    sweep,
     table_of,
     take,
 )
@@ -63,6 +69,19 @@ class global_tokens(Mask):
             self._tables[Lk] = table
         is_global = torch.isin(torch.arange(i0, i1) + Lk - Lq, self.tokens)
         return take(table, is_global.long())
+
+    def program_width(self, Lq: int, Lk: int) -> int:
+        return 1
+
+    def program(self, Lq: int, Lk: int, i0: int, i1: int) -> list[Step]:
+        gap = self.tokens.diff() > 1
+        lo = torch.cat((self.tokens[:1], self.tokens[1:][gap], torch.tensor([0])))
+        hi = torch.cat((self.tokens[:-1][gap] + 1, self.tokens[-1:] + 1, torch.tensor([Lk])))
+        is_global = torch.isin(torch.arange(i0, i1) + Lk - Lq, self.tokens)
+        others = len(lo) - 1
+        start = (is_global * others).to(torch.int32).view(1, 1, -1, 1)
+        end = (is_global + others).to(torch.int32).view(1, 1, -1, 1)
+        return [Lists(start, end, lo.to(torch.int32), hi.to(torch.int32), Lk)]
 
     @cached_property
     def _tables(self) -> dict[int, Rows]:
@@ -109,6 +128,16 @@ class dilated(Mask):
         multiples = pack((torch.arange(Lk) % self.step == residues[:, None])[None, None])
         return intersect(take(multiples, index), band)
 
+    def program_width(self, Lq: int, Lk: int) -> int:
+        return 1
+
+    def program(self, Lq: int, Lk: int, i0: int, i1: int) -> list[Step]:
+        step = min(self.step, Lq + Lk + 1)  # longer ones reach no other key either
+        multiples: list[Step] = [] if self.step == 1 else [Multiples(step, Lk - Lq, Lk)]
+        if multiples and self.within is None:
+            return multiples
+        return [window(*self._sides).rows(Lq, Lk, i0, i1), *multiples, *(["intersect"] if multiples else [])]
+
 
 def strided(step: int) -> Mask:
     """The strided pattern of Sparse Transformers (Child et al. 2019): |d| <= step, or d a multiple of step.
@@ -129,9 +158,13 @@ def longformer(left_right: Union[int, tuple[Side, Side]], tokens: data.Ints = ()
 def _scaled(table: Rows, visible: Tensor, size: int, Lk: int) -> Rows:
     """Rows over blocks of `size` keys as rows over keys."""
     if isinstance(table, Intervals):
-        lo, hi = ((ends.long() * size).clamp(max=Lk) for ends in (table.lo, table.hi))
-        return compact(lo, hi, Lk)
+        return _scaled_intervals(table, size, Lk)
     return pack(visible.repeat_interleave(size, -1)[..., :Lk])
+
+
+def _scaled_intervals(table: Intervals, size: int, Lk: int) -> Intervals:
+    lo, hi = ((ends.long() * size).clamp(max=Lk).to(torch.int32) for ends in (table.lo, table.hi))
+    return Intervals(lo, hi, Lk)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -179,6 +212,14 @@ class blocks(Mask):
         table = _scaled(table_of(visible), visible, bk, Lk)
         return take(table, torch.arange(i0, i1) // bq - i0 // bq)
 
+    def program_width(self, Lq: int, Lk: int) -> int:
+        return self.slices[0] * self.slices[1] * -(-self.visible.shape[-1] // self._sizes[0])
+
+    def program(self, Lq: int, Lk: int, i0: int, i1: int) -> list[Step]:
+        bq, bk = self._sizes
+        table = intervals_of(data.leading(self.visible, 2)[:, :, i0 // bq : -(-i1 // bq)])
+        return [lists_of(_scaled_intervals(table, bk, Lk), torch.arange(i0, i1) // bq - i0 // bq)]
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class bigbird(Mask):
@@ -209,11 +250,29 @@ class bigbird(Mask):
         return 2 + self.random_blocks
 
     def rows(self, Lq: int, Lk: int, i0: int, i1: int) -> Rows:
+        lo, hi, index = self._blocks(Lq, Lk, i0, i1)
+        return take(settle(lo, hi, Lk), index)
+
+    def program_width(self, Lq: int, Lk: int) -> int:
+        return self.heads * -(-self.interval_bound(Lq, Lk) // self.block_size)
+
+    def program(self, Lq: int, Lk: int, i0: int, i1: int) -> list[Step]:
+        lo, hi, index = self._blocks(Lq, Lk, i0, i1)
+        return [lists_of(sweep(lo, hi, Lk), index)]
+
+    def _blocks(self, Lq: int, Lk: int, i0: int, i1: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Intervals lo, hi of blocks of queries, [1, heads, n, 2 + random blocks], and each query's block among them."""
         block = (torch.arange(i0, i1) + Lk - Lq) // self.block_size  # rounded down, also below 0
-        I, J = torch.arange(int(block[0]), int(block[-1]) + 1)[:, None], torch.arange(-(-Lk // self.block_size))
-        fixed = ((I - J).abs() <= self.near) | (J < self.global_blocks) | ((I >= 0) & (I < self.global_blocks))
-        visible = fixed.repeat(self.heads, 1, 1).scatter_(-1, self._drawn(I[:, 0], len(J)), True)[None]
-        return take(_scaled(table_of(visible), visible, self.block_size, Lk), block - block[0])
+        I, n = torch.arange(int(block[0]), int(block[-1]) + 1), -(-Lk // self.block_size)
+        fixed = torch.where((I >= 0) & (I < self.global_blocks), n, self.global_blocks)
+        ends = torch.stack((I - self.near, I + 1 + self.near, torch.zeros_like(I), fixed), -1)
+        lo, hi = ends.expand(self.heads, -1, -1).unflatten(-1, (2, 2)).unbind(-1)
+        drawn = self._drawn(I, n)
+        lo, hi = (
+            (torch.cat(parts, -1).clamp(0, n) * self.block_size).clamp(max=Lk)[None]
+            for parts in ((lo, drawn), (hi, drawn + 1))
+        )
+        return lo, hi, block - block[0]
 
     def _drawn(self, I: Tensor, n: int) -> Tensor:
         """Different blocks of 0 .. n - 1 for each head and query block: int64 [heads, len(I), min(random_blocks, n)]."""
@@ -291,14 +350,16 @@ class neighborhood(Mask):
         if self.interval_bound(Lq, Lk) > most_intervals(Lk):
             return self._bits(i0, i1)
         first = torch.zeros(i1 - i0, 1, dtype=torch.int64)
-        for at, (size, kernel, dilation) in zip(self._places(i0, i1), self._dimensions):
-            reached = _nearest(at, size, kernel, dilation)[:, None] + torch.arange(kernel) * dilation
+        width, _, dilation = self._dimensions[-1]
+        length = self._dimensions[-1][1] if dilation == 1 else 1  # of an interval
+        for d, (at, (size, kernel, dilation)) in enumerate(zip(self._places(i0, i1), self._dimensions), 1):
+            some = torch.arange(0, kernel, length if d == len(self.grid) else 1) * dilation
+            reached = _nearest(at, size, kernel, dilation)[:, None] + some
             first = (first[:, :, None] * size + reached[:, None]).flatten(1)
-        if self._dimensions[-1][2] > 1:
-            return settle(first[None, None], first[None, None] + 1, Lk)
-        kernel = self._dimensions[-1][1]
-        first = first[None, None, :, ::kernel]
-        return settle(first, first + kernel, Lk)
+        lo = first[None, None]
+        hi = lo + length
+        # In order; they touch only where the last dimension is seen whole.
+        return settle(lo, hi, Lk) if length == width else Intervals(lo.to(torch.int32), hi.to(torch.int32), Lk)
 
     def _places(self, i0: int, i1: int) -> list[Tensor]:
         """The coordinates of tokens i0 .. i1 - 1."""

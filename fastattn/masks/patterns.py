@@ -136,6 +136,9 @@ class key_padding(Mask):
     def interval_bound(self, Lq: int, Lk: int) -> int:
         return self.rows(Lq, Lk, 0, 1)[0].shape[-1] if self.keys.dtype == torch.bool else 1
 
+    def program_width(self, Lq: int, Lk: int) -> int:
+        return self.slices[0] * self.slices[1]
+
     def rows(self, Lq: int, Lk: int, i0: int, i1: int) -> Rows:
         if self.keys.dtype == torch.bool:
             return self._row
@@ -214,6 +217,9 @@ class packed_bits(Mask):
 
     def interval_bound(self, Lq: int, Lk: int) -> int:
         return most_intervals(Lk) + 1
+
+    def program_width(self, Lq: int, Lk: int) -> int:
+        return 1  # nothing is copied
 
     def rows(self, Lq: int, Lk: int, i0: int, i1: int) -> Rows:
         return Words(self.words if self.words.shape[2] == 1 else self.words[:, :, i0:i1], Lk)

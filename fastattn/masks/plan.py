@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple, Optional, Union
+from typing import TYPE_CHECKING, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
 
 from . import data
 from .plan_torch import plan_tensors
-from .rows import TILE, Rows, pack, text, unpack
+from .rows import TILE, Rows, pack, text, unpack, visible_keys
+
+if TYPE_CHECKING:
+    from .algebra import Mask
 
 REPR_LIMIT = 32  # lengths up to which a plan prints what the first batch and head see
 
@@ -103,13 +106,23 @@ def _spread(counts: Tensor) -> tuple[Tensor, Tensor]:
     return owner, torch.arange(len(owner), device=counts.device) - (counts.cumsum(0) - counts)[owner]
 
 
-def build_plan(
-    stretches: Iterable[tuple[int, int, Rows]], batches: int, heads: int, Lq: int, Lk: int, native: bool = True
-) -> TilePlan:
-    """The plan of rows given in order, in whole tiles: by the native core if there is one, else (or if not `native`) by torch."""
-    core = _core() if native else None
-    build = plan_tensors if core is None else core.plan_of_rows
-    return _plan(build(stretches, batches, heads, Lq, Lk), batches, heads, Lq, Lk)
+def build_plan(mask: Mask, Lq: int, Lk: int, native: bool = True) -> TilePlan:
+    """By the native core if there is one, else (or if not `native`) by torch, from rows in place of programs."""
+    core, (B, H) = _core() if native else None, mask.slices
+    if core is None:
+        tensors = plan_tensors(mask._stretches(Lq, Lk), B, H, Lq, Lk)
+    else:
+        tensors = core.plan_of_programs(mask._programs(Lq, Lk), B, H, Lq, Lk)
+    return _plan(tensors, B, H, Lq, Lk)
+
+
+def visible_pairs(mask: Mask, Lq: int, Lk: int, native: bool = True) -> int:
+    """How many (query, key) pairs are visible, over batches and heads."""
+    core, (B, H) = _core() if native else None, mask.slices
+    if core is not None:
+        return core.visible_pairs(mask._programs(Lq, Lk), B, H, Lq, Lk)
+    stretches = mask._stretches(Lq, Lk)
+    return sum(visible_keys(rows) * (B * H * (i1 - i0) // rows[0].shape[:3].numel()) for i0, i1, rows in stretches)
 
 
 def plan_from_dense(visible: Tensor, Lq: int, Lk: int, native: bool = True) -> TilePlan:

@@ -35,6 +35,31 @@ class Words(NamedTuple):
 Rows = Union[Intervals, Words]
 
 
+class Lists(NamedTuple):
+    """Row i sees the intervals start[i] .. end[i] - 1 of lo and hi, so that rows which see the same keys share them.
+
+    start, end: int32 [B|1, H|1, rows|1, 1]; lo, hi: int32 [n], sorted and disjoint within a row.
+    """
+
+    start: Tensor
+    end: Tensor
+    lo: Tensor
+    hi: Tensor
+    Lk: int
+
+
+class Multiples(NamedTuple):
+    """Row i sees the keys j where j - i - shift is a multiple of step."""
+
+    step: int
+    shift: int
+    Lk: int
+
+
+# What the native builder takes: rows, and "intersect", "unite" or "complement" of the last two or one before (postfix).
+Step = Union[Intervals, Words, Lists, Multiples, str]
+
+
 def most_intervals(Lk: int) -> int:
     """Rows of more intervals than this are kept as bits, which cost less from there on."""
     return max(16, Lk // 256)
@@ -59,14 +84,14 @@ def compact(lo: Tensor, hi: Tensor, Lk: int) -> Intervals:
 
 def settle(lo: Tensor, hi: Tensor, Lk: int) -> Rows:
     """Canonical form of any intervals (unsorted, overlapping, touching, empty): bits where they are too many."""
-    return _settled(_sweep(lo, hi, Lk, depth=1))
+    return _settled(sweep(lo, hi, Lk))
 
 
 def _settled(rows: Intervals) -> Rows:
     return to_words(rows) if rows.lo.shape[-1] > most_intervals(rows.Lk) else rows
 
 
-def _sweep(lo: Tensor, hi: Tensor, Lk: int, depth: int) -> Intervals:
+def sweep(lo: Tensor, hi: Tensor, Lk: int, depth: int = 1) -> Intervals:
     """Keys that at least `depth` of the intervals hold."""
     # Starts come before ends at the same key, so that touching intervals become one.
     at = torch.cat((2 * lo.long(), 2 * hi.long() + 1), -1).sort(-1).values
@@ -88,19 +113,31 @@ def _together(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def table_of(visible: Tensor) -> Rows:
     """Canonical rows of a bool tensor [B|1, H|1, rows|1, Lk]."""
-    Lk = visible.shape[-1]
-    nothing = torch.zeros_like(visible[..., :1])
+    change, most = _changes(visible)
+    return pack(visible) if most > most_intervals(visible.shape[-1]) else _between(change, most)
+
+
+def intervals_of(visible: Tensor) -> Intervals:
+    """The same, however many intervals it takes."""
+    return _between(*_changes(visible))
+
+
+def _changes(visible: Tensor) -> tuple[Tensor, int]:
+    """Where intervals begin and end, bool [B|1, H|1, rows|1, Lk + 1], and how many a row has at most."""
+    nothing = visible.new_zeros((*visible.shape[:-1], 1))
     change = torch.cat((nothing, visible), -1) != torch.cat((visible, nothing), -1)
-    most = int(change.sum(-1).max()) // 2 if change.numel() else 0
-    if most > most_intervals(Lk):
-        return pack(visible)
+    return change, int(change.sum(-1).max()) // 2 if change.numel() else 0
+
+
+def _between(change: Tensor, most: int) -> Intervals:
+    Lk = change.shape[-1] - 1
     row, key = change.flatten(0, 2).nonzero().unbind(1)  # begin, end, begin, end, ... of each row
     rows = change.shape[:3].numel()
     before = torch.bincount(row, minlength=rows).cumsum(0).roll(1)
     before[:1] = 0
     ends = torch.full((rows, 2 * max(most, 1)), Lk, dtype=torch.int32)
     ends[row, torch.arange(len(row)) - before[row]] = key.to(torch.int32)
-    ends = ends.view(*visible.shape[:3], -1, 2)
+    ends = ends.view(*change.shape[:3], -1, 2)
     return Intervals(ends[..., 0].contiguous(), ends[..., 1].contiguous(), Lk)
 
 
@@ -109,6 +146,13 @@ def take(a: Rows, index: Tensor) -> Rows:
     if isinstance(a, Words):
         return Words(a.words[:, :, index], a.Lk)
     return Intervals(a.lo[:, :, index], a.hi[:, :, index], a.Lk)
+
+
+def lists_of(table: Intervals, index: Tensor) -> Lists:
+    """Row index[i] of `table` as row i, not copied. index: int64 [rows]."""
+    R = table.lo.shape[-1]
+    start = torch.arange(0, table.lo.numel(), R, dtype=torch.int32).view(*table.lo.shape[:3], 1)[:, :, index]
+    return Lists(start, start + R, table.lo.flatten(), table.hi.flatten(), table.Lk)
 
 
 def join(stretches: list[Rows]) -> Rows:
@@ -146,14 +190,14 @@ def intersect(a: Rows, b: Rows) -> Rows:
     if min(a.lo.shape[-1], b.lo.shape[-1]) == 1:
         return compact(torch.maximum(a.lo, b.lo), torch.minimum(a.hi, b.hi), a.Lk)
     lo, hi = (torch.cat(_together(x, y), -1) for x, y in zip(a[:2], b[:2]))
-    return _settled(_sweep(lo, hi, a.Lk, depth=2))
+    return _settled(sweep(lo, hi, a.Lk, depth=2))
 
 
 def unite(a: Rows, b: Rows) -> Rows:
     if isinstance(a, Words) or isinstance(b, Words):
         return Words(to_words(a).words | to_words(b).words, a.Lk)
     lo, hi = (torch.cat(_together(x, y), -1) for x, y in zip(a[:2], b[:2]))
-    return _settled(_sweep(lo, hi, a.Lk, depth=1))
+    return _settled(sweep(lo, hi, a.Lk))
 
 
 def complement(a: Rows) -> Rows:

@@ -14,7 +14,7 @@ from ..params import CAUSAL_NONE, CAUSAL_TOP_LEFT
 from . import data
 from .algebra import Mask
 from .patterns import refuse_length
-from .rows import Rows, compact, interval, most_intervals, pack
+from .rows import Lists, Rows, Step, compact, interval, most_intervals, pack
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -80,6 +80,26 @@ class documents(Mask):
             bounds[:, s, used] = pieces.bounds[:, (pieces.first[run, None] + place)[used]]
         lo, hi = bounds.view(2, *q.shape[:2], len(i), most)
         return compact(lo, hi, Lk)
+
+    def program_width(self, Lq: int, Lk: int) -> int:
+        return len(self._pieces)
+
+    def program(self, Lq: int, Lk: int, i0: int, i1: int) -> list[Step]:
+        q, i, before = self._ids[0], torch.arange(i0, i1), 0
+        lists = torch.empty(2, len(self._pieces), len(i), dtype=torch.int32)
+        for s, pieces in enumerate(self._pieces):
+            run = torch.searchsorted(pieces.starts, i, right=True) - 1
+            lists[0, s] = pieces.first[run] + before
+            lists[1, s] = lists[0, s] + pieces.many[run]
+            before += pieces.bounds.shape[1]
+        start, end = lists.view(2, *q.shape[:2], len(i), 1)
+        lo, hi = self._bounds
+        return [Lists(start, end, lo, hi, Lk)]
+
+    @cached_property
+    def _bounds(self) -> Tensor:
+        nothing = torch.zeros(2, 0, dtype=torch.int32)
+        return torch.cat([nothing, *(pieces.bounds for pieces in self._pieces)], 1)
 
 
 def _runs(ids: Tensor) -> tuple[Tensor, Tensor]:
