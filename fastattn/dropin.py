@@ -56,8 +56,9 @@ def _sdpa(function, query, key, value, attn_mask, dropout_p, is_causal, scale, e
         scale = _number("scale", scale)
     flags = (is_causal is False or is_causal is True) and (enable_gqa is False or enable_gqa is True)
     observed = torch._C._is_torch_function_mode_enabled()
-    if attn_mask is None and dropout_p == 0 and backend == "auto" and flags and not observed:
-        quick = plain_attention(query, key, value, scale, "top_left" if is_causal else False, enable_gqa)
+    if dropout_p == 0 and backend == "auto" and flags and not observed and (attn_mask is None or not is_causal):
+        causal = "top_left" if is_causal else False
+        quick = plain_attention(query, key, value, attn_mask, scale, causal, enable_gqa)
         if quick is not None:
             return quick
     if any(isinstance(t, Tensor) and t.is_nested for t in (query, key, value)):

@@ -51,7 +51,7 @@ def test_is_the_general_call(name, dtype, layout):
     """Same values, gradients and layouts; where a layout is unusual, it leaves the call alone."""
     case = CASES[name]
     qkv, dout = inputs(case, dtype, layout)
-    plain = plain_attention(*qkv, 0.3, case.causal)
+    plain = plain_attention(*qkv, None, 0.3, case.causal)
     if plain is None:
         assert layout in ("bhdl", "last_strided", "expanded"), layout
         return
@@ -62,14 +62,14 @@ def test_is_the_general_call(name, dtype, layout):
     for found, wanted in zip(gradients(plain, qkv, dout), gradients(expected, qkv, dout), strict=True):
         assert torch.equal(found, wanted) and strides(found) == strides(wanted)
     with torch.no_grad():
-        assert torch.equal(plain_attention(*qkv, 0.3, case.causal), general(*qkv, case, 0.3))
+        assert torch.equal(plain_attention(*qkv, None, 0.3, case.causal), general(*qkv, case, 0.3))
 
 
 @pytest.mark.parametrize("needs", SUBSETS, ids=str)
 def test_subsets_of_gradients(needs):
     case = CASES["square"]
     qkv, dout = inputs(case, FP32, needs=needs)
-    out = plain_attention(*qkv, None, case.causal)
+    out = plain_attention(*qkv, None, None, case.causal)
     assert type(out.grad_fn).__name__ == "PlainAttentionBackward"
     expected = gradients(general(*qkv, case), qkv, dout)
     assert all(map(torch.equal, gradients(out, qkv, dout, retain_graph=True), expected))
@@ -77,12 +77,69 @@ def test_subsets_of_gradients(needs):
     assert [t.grad is not None for t in qkv] == list(needs)
 
 
-def test_second_derivatives():
+MASKS = {
+    "bool": lambda c: torch.rand(c.B, 1, c.Lq, c.Lk) < 0.7,
+    "keys": lambda c: (torch.rand(c.Lk) < 0.7)[None],
+    "nothing": lambda c: torch.zeros(c.Hq, c.Lq, 1, dtype=torch.bool),
+    "bias": lambda c: torch.randn(c.Hq, c.Lq, c.Lk),
+    "bias that hides": lambda c: torch.zeros(c.B, 1, c.Lq, c.Lk).masked_fill(MASKS["bool"](c), -torch.inf),
+    "bias of keys": lambda c: torch.zeros(c.Lk).masked_fill(torch.arange(c.Lk) > c.Lk // 2, -torch.inf),
+    "expanded": lambda c: (torch.rand(1, c.Hq, c.Lq, 1) < 0.8).expand(c.B, c.Hq, c.Lq, c.Lk),
+}
+
+
+@pytest.mark.parametrize("dtype", (FP32, BF16), ids=str)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("name", CASES)
+def test_masks_and_biases(name, mask, dtype):
+    torch.manual_seed(1)
+    case = CASES[name]
+    qkv, dout = inputs(case, dtype)
+    hide = MASKS[mask](case)
+    hide = hide if hide.dtype == torch.bool or dtype == FP32 else hide.to(dtype)
+    full = hide[(None,) * (4 - hide.dim())]
+    kind = {"mask": full} if hide.dtype == torch.bool else {"bias": full}
+    expected = fastattn.attention(*qkv, causal=case.causal, backend="native", **kind)
+    plain = plain_attention(*qkv, hide, None, case.causal)
+    assert torch.equal(plain, expected)
+    for found, wanted in zip(gradients(plain, qkv, dout), gradients(expected, qkv, dout), strict=True):
+        assert torch.equal(found, wanted)
+    quiet = [t.detach() for t in qkv]
+    found = fastattn.attention(*quiet, causal=case.causal, **kind)
+    assert torch.equal(found, fastattn.attention(*quiet, causal=case.causal, backend="native", **kind))
+    if not case.causal:
+        dropin = fastattn.scaled_dot_product_attention(*quiet, attn_mask=hide, enable_gqa=True)
+        assert torch.equal(dropin, found)
+
+
+def test_masks_it_leaves_alone():
+    case = CASES["square"]
+    (q, k, v), _ = inputs(case, FP32)
+    shape = (case.B, case.Hq, case.Lq, case.Lk)
+    bias = torch.zeros(shape, requires_grad=True)
+    assert plain_attention(q, k, v, bias, None, False) is None
+    with torch.no_grad():
+        assert plain_attention(q, k, v, bias, None, False) is not None
+    for mask in (
+        torch.ones(1, *shape) > 0, torch.ones(*shape[:3], 3) > 0, torch.zeros(shape).half(), torch.zeros(shape).double(),
+        torch.ones(shape).int(), torch.ones(shape).to_sparse(), torch.ones(shape, device="meta"), [[True]], "causal",
+    ):  # fmt: skip
+        assert plain_attention(q, k, v, mask, None, False) is None
+    # Long ones have a plan that forward and backward share; without a gradient there is nothing to share.
+    q, k, v = (t.detach() for t in inputs(Case(B=1, Hq=1, Hk=1, Lq=600, Lk=600, D=8), FP32)[0])
+    mask = torch.ones(600, 600, dtype=torch.bool).tril()
+    assert plain_attention(q, k, v, mask, None, False) is not None
+    assert plain_attention(q.requires_grad_(), k, v, mask, None, False) is None
+
+
+@pytest.mark.parametrize("mask", [None, "bool", "bias"])
+def test_second_derivatives(mask):
     case = Case(B=1, Hq=2, Hk=1, Lq=5, Lk=7, D=8, causal="bottom_right")
     qkv, dout = inputs(case, FP32)
+    kind = {} if mask is None else {"mask" if mask == "bool" else "bias": MASKS[mask](case)[(None,) * (mask == "bias")]}
     found = []
     for backend in ("auto", "reference"):
-        out = fastattn.attention(*qkv, causal=case.causal, backend=backend)
+        out = fastattn.attention(*qkv, causal=case.causal, backend=backend, **kind)
         first = gradients(out, qkv, dout, create_graph=True)
         found.append(gradients(sum(g.square().sum() for g in first), qkv, None))
     for plain, expected in zip(*found, strict=True):
@@ -113,7 +170,7 @@ def test_edited_tensors_are_noticed(edited):
     case = CASES["square"]
     qkv, dout = inputs(case, FP32)
     q = qkv[0] * 1
-    out = plain_attention(q, *qkv[1:], None, case.causal)
+    out = plain_attention(q, *qkv[1:], None, None, case.causal)
     with torch.no_grad():
         (q if edited == "q" else out).add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -127,7 +184,7 @@ def test_nothing_outlives_its_graph(run_backward):
     gc.collect()
     gc.disable()
     try:
-        out = plain_attention(*qkv, None, False)
+        out = plain_attention(*qkv, None, None, False)
         if run_backward:
             out.backward(dout)
         watched = [weakref.ref(t) for t in (*qkv, out)]
@@ -143,8 +200,8 @@ def test_autocast():
     qkv, _ = inputs(case, FP32)
     low = [t.detach().bfloat16().requires_grad_() for t in qkv]
     with torch.autocast("cpu", torch.bfloat16):
-        assert plain_attention(*qkv, None, case.causal) is None
-        out = plain_attention(*low, None, case.causal)
+        assert plain_attention(*qkv, None, None, case.causal) is None
+        out = plain_attention(*low, None, None, case.causal)
         assert out is not None and torch.equal(out, fastattn.attention(*qkv, causal=case.causal))
         found = gradients(out, low, torch.ones_like(out))
     expected = gradients(general(*low, case), low, torch.ones_like(out))
@@ -153,23 +210,23 @@ def test_autocast():
 
 def test_is_left_alone_where_someone_looks():
     q, k, v = (t.detach() for t in inputs(CASES["square"], FP32)[0])
-    assert plain_attention(q, k, v, None, False) is not None
-    assert plain_attention(q, k, v, 1, False) is None  # an int: the general call reads it
-    assert plain_attention(q, k, v, float("nan"), False) is None
-    assert plain_attention(q, k, v, None, "left") is None
-    assert plain_attention(q, k[:, :1], v[:, :1], None, False, False) is None  # groups were not asked for
-    assert plain_attention(q, k[:, :, :3], v, None, False) is None
-    assert plain_attention(q, k, v.double(), None, False) is None
-    assert plain_attention(q[0], k[0], v[0], None, False) is None
-    assert plain_attention(q, k, v[..., :8], None, False) is None
-    assert plain_attention(q, None, v, None, False) is None
-    assert plain_attention(torch._neg_view(q), k, v, None, False) is None
-    assert plain_attention(q.to("meta"), k.to("meta"), v.to("meta"), None, False) is None
+    assert plain_attention(q, k, v, None, None, False) is not None
+    assert plain_attention(q, k, v, None, 1, False) is None  # an int: the general call reads it
+    assert plain_attention(q, k, v, None, float("nan"), False) is None
+    assert plain_attention(q, k, v, None, None, "left") is None
+    assert plain_attention(q, k[:, :1], v[:, :1], None, None, False, False) is None  # groups were not asked for
+    assert plain_attention(q, k[:, :, :3], v, None, None, False) is None
+    assert plain_attention(q, k, v.double(), None, None, False) is None
+    assert plain_attention(q[0], k[0], v[0], None, None, False) is None
+    assert plain_attention(q, k, v[..., :8], None, None, False) is None
+    assert plain_attention(q, None, v, None, None, False) is None
+    assert plain_attention(torch._neg_view(q), k, v, None, None, False) is None
+    assert plain_attention(q.to("meta"), k.to("meta"), v.to("meta"), None, None, False) is None
     with torch.profiler.profile():
-        assert plain_attention(q, k, v, None, False) is None
+        assert plain_attention(q, k, v, None, None, False) is None
     seen = []
-    torch.func.vmap(lambda x: (seen.append(plain_attention(x, k, v, None, False)), x)[1])(q[None])
-    torch.func.grad(lambda x: (seen.append(plain_attention(x, k, v, None, False)), x.sum())[1])(q)
+    torch.func.vmap(lambda x: (seen.append(plain_attention(x, k, v, None, None, False)), x)[1])(q[None])
+    torch.func.grad(lambda x: (seen.append(plain_attention(x, k, v, None, None, False)), x.sum())[1])(q)
     assert seen == [None, None]
 
 

@@ -1,4 +1,4 @@
-// Calls without options, read and checked here once: what decoding a token, or training a small model, pays for each
+// Calls without options but a mask or a bias, read and checked here once: what decoding a token, or training a small model, pays for each
 // layer. Each answers None where anything is unusual; the general call then says what.
 #include <pybind11/stl.h>
 
@@ -13,11 +13,15 @@ namespace py = pybind11;
 namespace fastattn {
 namespace {
 
+// Scores up to which forward and backward look through a mask by themselves; the general call keeps a plan for both.
+constexpr int64_t kMaskScores = 1 << 18;
+
 // Whether torch.empty_like lays its result out as the general call does.
 bool is_usual(const TensorView& t) { return t.last_stride() == 1 && !is_expanded(t); }
 
-// q, k and v; causal is 0, 1 (top-left) or 2 (bottom-right).
-bool read(py::handle q, py::handle k, py::handle v, py::handle scale, int causal, int threads, SoftmaxParams* p) {
+// q, k, v and `mask`, which is a bool mask, a bias or None; causal is 0, 1 (top-left) or 2 (bottom-right).
+bool read(py::handle q, py::handle k, py::handle v, py::handle mask, py::handle scale, int causal, int threads,
+          SoftmaxParams* p) {
     if (!is_plain(q) || !is_plain(k) || !is_plain(v)) return false;
     p->q = view_of(q, "q", 4);
     p->k = view_of(k, "k", 4);
@@ -27,18 +31,28 @@ bool read(py::handle q, py::handle k, py::handle v, py::handle scale, int causal
     p->lo = -kUnbounded;
     p->hi = causal == 0 ? kUnbounded : causal == 1 ? 0 : p->Lk() - p->Lq();
     p->threads = threads;
+    if (!mask.is_none()) {
+        const int dims = is_plain(mask) ? mask.attr("dim")().cast<int>() : 5;
+        if (dims > 4) return false;
+        const TensorView view = view_of(mask, "mask", dims);
+        expect(view, "mask", {p->B(), p->Hq(), p->Lq(), p->Lk()}, true);
+        if (view.dtype != DType::kBool && view.dtype != DType::kFloat32 && view.dtype != p->q.dtype) return false;
+        (view.dtype == DType::kBool ? p->mask : p->bias) = view;
+    }
     return std::isfinite(p->scale) && threads >= 1 && threads <= 4096;
 }
 
 // out; or, where a gradient is wanted, (out, lse_parts).
-py::object forward(py::handle q, py::handle k, py::handle v, py::handle scale, int causal, bool grouped,
-                   bool grad_enabled, int threads) {
+py::object forward(py::handle q, py::handle k, py::handle v, py::handle mask, py::handle scale, int causal,
+                   bool grouped, bool grad_enabled, int threads) {
     SoftmaxParams p{};
     py::object out, parts;
     try {
-        if (!read(q, k, v, scale, causal, threads, &p) || (p.Hk() != p.Hq() && !grouped)) return py::none();
+        if (!read(q, k, v, mask, scale, causal, threads, &p) || (p.Hk() != p.Hq() && !grouped)) return py::none();
+        if (grad_enabled && p.bias && requires_grad(mask)) return py::none();
         if (grad_enabled && (requires_grad(q) || requires_grad(k) || requires_grad(v))) {
-            if (!is_usual(p.k) || !is_usual(p.v)) return py::none();
+            const bool long_mask = (p.mask || p.bias) && p.Lq() * p.Lk() > kMaskScores;
+            if (long_mask || !is_usual(p.k) || !is_usual(p.v)) return py::none();
             parts = empty_floats(q, {p.B(), p.Hq(), p.Lq(), 2});
             p.lse_parts = reinterpret_cast<float*>(view_of(parts, "lse_parts", 4).data);
         }
@@ -57,14 +71,14 @@ py::object forward(py::handle q, py::handle k, py::handle v, py::handle scale, i
 }
 
 // (dq, dk, dv), None for what is not needed.
-py::object backward(py::handle dout, py::handle q, py::handle k, py::handle v, py::handle out, py::handle parts,
-                    const std::array<bool, 3>& needs, py::handle scale, int causal, int threads) {
+py::object backward(py::handle dout, py::handle q, py::handle k, py::handle v, py::handle mask, py::handle out,
+                    py::handle parts, const std::array<bool, 3>& needs, py::handle scale, int causal, int threads) {
     SoftmaxParams p{};
     SoftmaxGradients g{};
     py::object gradients[3] = {py::none(), py::none(), py::none()};
     try {
         if (!is_plain(dout) || !is_plain(out) || !is_plain(parts)) return py::none();
-        if (!read(q, k, v, scale, causal, threads, &p)) return py::none();
+        if (!read(q, k, v, mask, scale, causal, threads, &p)) return py::none();
         if (!is_usual(p.k) || !is_usual(p.v)) return py::none();
         p.out = view_of(out, "out", 4);
         p.lse_parts = floats(view_of(parts, "lse_parts", 4), "lse_parts", {p.B(), p.Hq(), p.Lq(), 2});
@@ -94,10 +108,10 @@ py::object backward(py::handle dout, py::handle q, py::handle k, py::handle v, p
 
 void register_softmax_plain(py::module_& m) {
     m.def("softmax_plain_forward", &forward,
-          "softmax_plain_forward(q, k, v, scale, causal, grouped, grad_enabled, threads): out, or (out, lse_parts) for "
+          "softmax_plain_forward(q, k, v, mask, scale, causal, grouped, grad_enabled, threads): out, or (out, lse_parts) for "
           "a backward pass, or None");
     m.def("softmax_plain_backward", &backward,
-          "softmax_plain_backward(dout, q, k, v, out, lse_parts, needs, scale, causal, threads): (dq, dk, dv), or None");
+          "softmax_plain_backward(dout, q, k, v, mask, out, lse_parts, needs, scale, causal, threads): (dq, dk, dv), or None");
 }
 
 }  // namespace fastattn

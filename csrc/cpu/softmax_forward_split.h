@@ -275,16 +275,10 @@ class Split {
     // Keys of the tile that some row sees and whose bias is not -inf there.
     uint64_t biased_word(int64_t b, int64_t hk, int64_t tile) const {
         uint64_t found = 0;
-        const int64_t keys = least<int64_t>(64, p_.Lk() - tile * 64);
         for (int64_t row = 0; row < rows_; ++row) {
             const int64_t h = hk * p_.group() + row / p_.Lq(), i = row % p_.Lq();
-            uint64_t left = visible_word(p_, b, h, i, tile) & ~found;
-            const char* bias = p_.bias.row(b, h, i);
-            for (int64_t c = 0; left && c < keys; ++c) {
-                if (!(left >> c & 1)) continue;
-                const float x = load_one(bias, p_.bias.dtype, (tile * 64 + c) * p_.bias.last_stride());
-                if (x != -kInfinity) found |= uint64_t{1} << c;
-            }
+            const uint64_t missing = visible_word(p_, b, h, i, tile) & ~found;
+            if (missing) found |= missing & mask_word(p_.bias, b, h, i, tile, p_.Lk());
         }
         return found;
     }

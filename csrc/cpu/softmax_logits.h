@@ -72,8 +72,7 @@ class RowLogits {
     FASTATTN_INLINE Made operator()(Vec scores, int64_t j) const {
         Made made{vzero(), vzero(), vzero()};
         if (bias_) {
-            const int n = static_cast<int>(most<int64_t>(0, least<int64_t>(W, Lk_ - j)));
-            made.added = stride_ == 0 ? vset(load_one(bias_, dtype_, 0)) : load_floats(bias_, dtype_, j, stride_, n);
+            made.added = stride_ == 1 && j + W <= Lk_ ? load_vector(j) : load_few(j);
         }
         if (sloped_) made.added = vfma(vset(-slope_), distance_(j), made.added);
         if (cap_) {
@@ -85,6 +84,16 @@ class RowLogits {
     }
 
    private:
+    FASTATTN_INLINE Vec load_vector(int64_t j) const {
+        if (dtype_ == DType::kFloat32) return vload(reinterpret_cast<const float*>(bias_) + j);
+        const uint16_t* halves = reinterpret_cast<const uint16_t*>(bias_) + j;
+        return dtype_ == DType::kBFloat16 ? load_bf16(halves) : load_fp16(halves);
+    }
+    Vec load_few(int64_t j) const {
+        const int n = static_cast<int>(most<int64_t>(0, least<int64_t>(W, Lk_ - j)));
+        return stride_ == 0 ? vset(load_one(bias_, dtype_, 0)) : load_floats(bias_, dtype_, j, stride_, n);
+    }
+
     const float scale_;
     const Softcap cap_;
     const char* const bias_;

@@ -25,10 +25,61 @@ TilePlanView::TilePlanView(const TilePlan& plan)
       q_tiles(plan.q_tiles),
       k_tiles(plan.k_tiles) {}
 
+// Bits of n <= 64 neighbouring elements that are `value`, as many as whole vectors hold; `j` moves past them.
+static uint64_t equal_bits(const uint16_t* row, uint16_t value, int64_t n, int64_t* j) {
+    uint64_t found = 0;
+#ifdef __SSE2__
+    const __m128i wanted = _mm_set1_epi16(static_cast<int16_t>(value));
+    for (; *j + 16 <= n; *j += 16) {
+        const __m128i* at = reinterpret_cast<const __m128i*>(row + *j);
+        const __m128i low = _mm_cmpeq_epi16(_mm_loadu_si128(at), wanted),
+                      high = _mm_cmpeq_epi16(_mm_loadu_si128(at + 1), wanted);
+        found |= static_cast<uint64_t>(_mm_movemask_epi8(_mm_packs_epi16(low, high))) << *j;
+    }
+#endif
+    return found;
+}
+
+static uint64_t equal_bits(const uint32_t* row, uint32_t value, int64_t n, int64_t* j) {
+    uint64_t found = 0;
+#ifdef __SSE2__
+    const __m128i wanted = _mm_set1_epi32(static_cast<int32_t>(value));
+    for (; *j + 16 <= n; *j += 16) {
+        __m128i equal[4];
+        for (int i = 0; i < 4; ++i) {
+            const __m128i* at = reinterpret_cast<const __m128i*>(row + *j) + i;
+            equal[i] = _mm_cmpeq_epi32(_mm_loadu_si128(at), wanted);
+        }
+        const __m128i low = _mm_packs_epi32(equal[0], equal[1]), high = _mm_packs_epi32(equal[2], equal[3]);
+        found |= static_cast<uint64_t>(_mm_movemask_epi8(_mm_packs_epi16(low, high))) << *j;
+    }
+#endif
+    return found;
+}
+
+template <class Unit>
+static uint64_t hidden_by_bias(const char* data, Unit minus_infinity, int64_t j0, int64_t n, int64_t stride) {
+    const Unit* row = reinterpret_cast<const Unit*>(data) + j0 * stride;
+    if (stride == 0) return *row == minus_infinity ? ~uint64_t{0} : 0;
+    int64_t j = 0;
+    uint64_t hidden = stride == 1 ? equal_bits(row, minus_infinity, n, &j) : 0;
+    for (; j < n; ++j) hidden |= static_cast<uint64_t>(row[j * stride] == minus_infinity) << j;
+    return hidden;
+}
+
+// Keys of a tile that row i of a bias hides.
+static uint64_t hidden_by_bias(const TensorView& bias, int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n) {
+    const char* row = bias.row(b, h, i);
+    const int64_t stride = bias.last_stride();
+    if (bias.dtype == DType::kFloat32) return hidden_by_bias<uint32_t>(row, 0xff800000u, j0, n, stride);
+    return hidden_by_bias<uint16_t>(row, bias.dtype == DType::kBFloat16 ? 0xff80 : 0xfc00, j0, n, stride);
+}
+
 uint64_t mask_word(const TensorView& mask, int64_t b, int64_t h, int64_t i, int64_t tile, int64_t Lk) {
     const int64_t j0 = tile * kTile, n = Lk - j0 < kTile ? Lk - j0 : kTile, stride = mask.last_stride();
     const char* row = mask.row(b, h, i);
     const uint64_t all = n == kTile ? ~uint64_t{0} : (uint64_t{1} << n) - 1;
+    if (mask.dtype != DType::kBool) return all & ~hidden_by_bias(mask, b, h, i, j0, n);
     if (stride == 0) return *row ? all : 0;
     uint64_t hidden = 0;  // any byte but 0 is true
     if (stride == 1) {
@@ -85,24 +136,6 @@ TilePlan plan_from_mask(const TensorView& mask, int64_t Lq, int64_t Lk, int thre
     return builder.finish(false);
 }
 
-// Bits of the keys whose bias is not -inf.
-static uint64_t finite_word(const TensorView& bias, int64_t b, int64_t h, int64_t i, int64_t tile, int64_t Lk) {
-    const int64_t j0 = tile * kTile, n = Lk - j0 < kTile ? Lk - j0 : kTile, stride = bias.last_stride();
-    const char* row = bias.row(b, h, i);
-    uint64_t word = 0;
-    for (int64_t j = 0; j < n; ++j) {
-        const int64_t at = (j0 + j) * stride;
-        bool hidden;
-        if (bias.dtype == DType::kFloat32) {
-            hidden = reinterpret_cast<const float*>(row)[at] == -HUGE_VALF;
-        } else {
-            hidden = reinterpret_cast<const uint16_t*>(row)[at] == (bias.dtype == DType::kBFloat16 ? 0xff80 : 0xfc00);
-        }
-        word |= static_cast<uint64_t>(!hidden) << j;
-    }
-    return word;
-}
-
 // Keys of `tile` that a run of query tiles sees through plan and band.
 static uint64_t seen_by(const SoftmaxParams& p, const uint64_t* words, const TileRun& run, int64_t tile) {
     const int64_t i0 = run.first * kTile, end = i0 + run.count * kTile, i1 = end < p.Lq() ? end : p.Lq();
@@ -140,7 +173,7 @@ std::unique_ptr<uint64_t[]> seen_keys(const SoftmaxParams& p) {
         for (int64_t i = top; i >= bottom && found != all; --i) {
             for (int64_t h = hk * group; h < (hk + 1) * group && found != all; ++h) {
                 uint64_t word = visible_word(p, b, h, i, tile);
-                if (p.bias && (word & ~found)) word &= finite_word(p.bias, b, h, i, tile, p.Lk());
+                if (p.bias && (word & ~found)) word &= mask_word(p.bias, b, h, i, tile, p.Lk());
                 found |= word;
             }
         }
@@ -149,7 +182,7 @@ std::unique_ptr<uint64_t[]> seen_keys(const SoftmaxParams& p) {
     return seen;
 }
 
-// The same of a mask without bias, by the rows of its plan.
+// The same of a mask without bias, or a bias without mask, by the rows of its plan.
 static std::unique_ptr<uint64_t[]> seen_by_rows(const SoftmaxParams& p, const TilePlanView& plan) {
     const int64_t words = tile_count(p.Lk()), group = p.group();
     std::unique_ptr<uint64_t[]> seen(new uint64_t[static_cast<size_t>(p.B() * p.Hk() * words)]());
@@ -171,22 +204,37 @@ static std::unique_ptr<uint64_t[]> seen_by_rows(const SoftmaxParams& p, const Ti
     return seen;
 }
 
+// Whether some rows of a bias, taken here and there, hide a key: then it is worth to look for tiles that all rows hide.
+static bool hides(const SoftmaxParams& p) {
+    const int64_t batches = p.bias.stride[0] == 0 ? 1 : p.bias.size[0], heads = p.bias.stride[1] == 0 ? 1 : p.bias.size[1];
+    for (int64_t b = 0; b < batches; ++b) {
+        for (int64_t h = 0; h < heads; ++h) {
+            for (const int64_t i : {int64_t{0}, p.Lq() / 2, p.Lq() - 1}) {
+                for (int64_t tile = 0; tile < tile_count(p.Lk()); ++tile) {
+                    const uint64_t all = band_word(-kUnbounded, kUnbounded, p.Lk(), i, tile);
+                    if (mask_word(p.bias, b, h, i, tile, p.Lk()) != all) return true;
+                }
+            }
+        }
+    }
+    return false;
+}
+
 struct Sight::Owned {
     TilePlan plan;
     std::unique_ptr<uint64_t[]> seen;
 };
 
 Sight::Sight(const SoftmaxParams& p, int what) : words(tile_count(p.Lk())), owned_(new Owned) {
+    bool complete = false;  // the plan knows of everything hidden but the band
     if (p.plan) {
         plan = *p.plan;
-    } else if (p.mask && (what & kRows)) {
-        owned_->plan = plan_from_mask(p.mask, p.Lq(), p.Lk(), p.threads);
+    } else if ((what & kRows) && (p.mask || (p.bias && p.Lq() && hides(p)))) {
+        owned_->plan = plan_from_mask(p.mask ? p.mask : p.bias, p.Lq(), p.Lk(), p.threads);
         plan = TilePlanView(owned_->plan);
+        complete = !p.mask || !p.bias;
     }
-    if (what & kSeen) {
-        const bool packed = p.mask && (what & kRows) && !p.bias;
-        owned_->seen = packed ? seen_by_rows(p, plan) : seen_keys(p);
-    }
+    if (what & kSeen) owned_->seen = complete ? seen_by_rows(p, plan) : seen_keys(p);
     seen = owned_->seen.get();
     seen_range(p, &first, &last);
 }

@@ -94,19 +94,20 @@ def softmax_forward(x: SoftmaxTensors, params: SoftmaxParams, with_parts: bool):
 CAUSAL_CODES = {False: 0, CAUSAL_TOP_LEFT: 1, CAUSAL_BOTTOM_RIGHT: 2, True: 2}
 
 
-def softmax_plain_forward(q, k, v, scale: float | None, causal: bool | str, grouped: bool):
-    """Of a call without options: out, or, where a gradient is wanted, (out, parts), or None if anything is unusual."""
+def softmax_plain_forward(q, k, v, mask, scale: float | None, causal: bool | str, grouped: bool):
+    """Of a call with a mask or a bias at most: out, or, where a gradient is wanted, (out, parts), or None if anything is unusual."""
     code = CAUSAL_CODES.get(causal)
     if _C is None or code is None:
         return None
-    return _C.softmax_plain_forward(q, k, v, scale, code, grouped, torch.is_grad_enabled(), torch.get_num_threads())
+    grad = torch.is_grad_enabled()
+    return _C.softmax_plain_forward(q, k, v, mask, scale, code, grouped, grad, torch.get_num_threads())
 
 
-def softmax_plain_backward(dout, q, k, v, out, parts, needs, scale: float | None, causal: bool | str):
+def softmax_plain_backward(dout, q, k, v, mask, out, parts, needs, scale: float | None, causal: bool | str):
     """(dq, dk, dv), or None if anything is unusual."""
     assert _C is not None
     code = CAUSAL_CODES[causal]
-    return _C.softmax_plain_backward(dout, q, k, v, out, parts, needs, scale, code, torch.get_num_threads())
+    return _C.softmax_plain_backward(dout, q, k, v, mask, out, parts, needs, scale, code, torch.get_num_threads())
 
 
 def softmax_backward(dout, dlse, x: SoftmaxTensors, out, parts, params: SoftmaxParams, needs):

@@ -96,16 +96,16 @@ def attention(  # type: ignore[misc]  # the overloads leave the options to this 
     but on backend="reference".
     Call `fastattn.explain` with the same arguments to see which kernel runs, and why.
     """
-    nothing = mask is bias is window is softcap is alibi_slopes is sinks is cu_seqlens_q is cu_seqlens_k is None
     if (
-        nothing
+        window is softcap is alibi_slopes is sinks is cu_seqlens_q is cu_seqlens_k is deterministic is None
         and dropout_p == 0
         and dropout_p is not False
         and not return_lse
-        and deterministic is None
         and backend == "auto"
+        and (mask is None or type(mask) is Tensor and mask.dtype is torch.bool and bias is None)
+        and (bias is None or type(bias) is Tensor and bias.dtype is not torch.bool)
     ):
-        quick = plain_attention(q, k, v, scale, causal)
+        quick = plain_attention(q, k, v, bias if mask is None else mask, scale, causal)
         if quick is not None:
             return quick
     call = _call(

@@ -44,10 +44,10 @@ struct TilePlanView {
 
 FASTATTN_INLINE int64_t tile_count(int64_t n) { return (n + kTile - 1) / kTile; }
 
-// Plan of a bool mask [B|1, Hq|1, Lq|1, Lk|1] over Lq x Lk, rows only.
+// Plan of a bool mask [B|1, Hq|1, Lq|1, Lk|1], or of a bias, whose -inf hide, over Lq x Lk, rows only.
 TilePlan plan_from_mask(const TensorView& mask, int64_t Lq, int64_t Lk, int threads);
 
-// Bits of the 64 keys of a key tile that row i of (b, h) of a bool mask leaves; keys past Lk are 0.
+// Bits of the 64 keys of a key tile that row i of (b, h) of a bool mask or a bias leaves; keys past Lk are 0.
 uint64_t mask_word(const TensorView& mask, int64_t b, int64_t h, int64_t i, int64_t tile, int64_t Lk);
 
 // The first run of a query tile that ends after key tile `tile`, or null.
