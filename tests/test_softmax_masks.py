@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from harness import BF16, DEVICE, FP32, all_backends, all_dtypes, attend, check, check_inputs, need
+from harness import BF16, DEVICE, FP16, FP32, all_backends, all_dtypes, attend, check, check_inputs, need
 
 import fastattn
-from fastattn.testing import Case, make, max_error, random_mask
+from fastattn.testing import Case, Inputs, make, max_error, random_mask
 
 MASK_SHAPES = ["bhqk", "1hqk", "b1qk", "11qk", "bh1k", "b11k", "1h1k", "111k", "bhq1", "b1q1", "11q1", "b111", "1h11", "1111",
                "hqk", "1qk", "qk", "1k", "q1", "11", "k", "1"]  # fmt: skip
@@ -52,6 +52,34 @@ def test_structures(name, backend):
         case = Case(B=1, Hq=2, Hk=1, Lq=Lq, Lk=Lk, D=32, mask="qk")
         inputs = make(case, dtype, device=DEVICE)._replace(mask=_structures(Lq, Lk)[name].to(DEVICE))
         check_inputs(inputs, case, backend)
+
+
+@all_backends
+@pytest.mark.parametrize("layout", ["dense", "every second key", "one for all heads", "beside a mask"])
+@pytest.mark.parametrize("name", ["causal", "last_key_only", "blocks_64", "documents", "sparse_01"])
+def test_structures_as_biases(name, layout, backend):
+    """A bias whose -inf hide whole tiles; NaN where no query looks. Each head hides another part."""
+    Lq, Lk = 150, 200
+    for dtype in (FP32, BF16, FP16):
+        case = Case(B=2, Hq=2, Hk=1, Lq=Lq, Lk=Lk, D=16, bias="1hqk")
+        inputs = make(case, dtype)
+        hidden = torch.stack((~_structures(Lq, Lk)[name], _structures(Lq, Lk)["causal"]))[None]
+        hidden[..., 100:110] = True
+        if layout == "one for all heads":
+            inputs, hidden = inputs._replace(bias=inputs.bias[:, :1]), hidden[:, :1]
+        bias = inputs.bias.masked_fill(hidden, -torch.inf)
+        if layout == "every second key":
+            bias = torch.stack((bias, torch.full_like(bias, torch.nan)), -1).flatten(-2)[..., ::2]
+        if layout == "beside a mask":
+            inputs = inputs._replace(mask=random_mask((2, 1, Lq, Lk), 5, 0.5))
+        inputs = inputs._replace(bias=bias)
+        clean = check_inputs(Inputs(*(t if t is None else t.to(DEVICE) for t in inputs)), case, backend)
+        if backend == "reference":  # dense products: NaN times 0
+            continue
+        for t in (inputs.k, inputs.v):
+            t[:, :, 100:110] = torch.nan
+        found = attend(Inputs(*(t if t is None else t.to(DEVICE) for t in inputs)), backend)
+        assert torch.equal(found.out, clean.out) and not found.dk[:, :, 100:110].any()
 
 
 @all_backends
