@@ -9,6 +9,7 @@ from linear_harness import DELTA, LinearCase, attend, expect, make, need, proble
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastattn
+from fastattn.ops.linear import _plain_step
 from fastattn.params import LinearState
 from fastattn.testing import LAYOUTS, max_error, relayout
 
@@ -322,3 +323,56 @@ def test_a_step_replays_in_a_cuda_graph(case):
     for _ in range(4):
         graph.replay()
         assert torch.equal(out, step(expected)) and torch.equal(state.kv, expected.kv)
+
+
+@pytest.mark.parametrize("dtype", (FP32, BF16, FP16), ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_short_way_is_the_same(case, dtype, monkeypatch):
+    """backend="auto" reads an ordinary step's tensors once, in C++; what it does not take, the general call does."""
+    inputs = make(case, dtype)
+    taken = []
+    found = fastattn.backends.native.linear_plain_step
+    count = lambda *args: taken.append(found(*args)) or taken[-1]
+    monkeypatch.setattr(fastattn.backends.native, "linear_plain_step", count)
+    quick, general = state_of(inputs, case), state_of(inputs, case)
+    with torch.no_grad():
+        outs = steps(inputs, case, "auto", quick), steps(inputs, case, "native", general)
+    assert torch.equal(*outs) and torch.equal(quick.kv, general.kv)
+    assert quick.z is general.z is None or torch.equal(quick.z, general.z)
+    unusual = case.decay == "h" or case.D != inputs.v.shape[3] or inputs.q.shape[1] != inputs.dout.shape[1]
+    assert len(taken) == case.L and all((out is None) == unusual for out in taken)
+
+
+def test_the_short_way_knows_its_limits():
+    q, k, v = (torch.randn(1, 2, 1, 8) for _ in range(3))
+    kv, gate = torch.zeros(1, 2, 8, 8), torch.full((1, 2, 1), -0.1)
+    plain = lambda q=q, k=k, v=v, kv=kv, decay=gate, beta=None, scale=None: _plain_step(
+        q, k, v, kv, "identity", decay, beta, None, scale
+    )
+    if fastattn.backends.native.status() is not None:
+        pytest.skip(f"native: {fastattn.backends.native.status()}")
+    assert plain() is not None
+    before = kv.clone()
+    for name, options in {
+        "gradient": {"q": q.clone().requires_grad_()}, "dtype": {"k": k.half()}, "length": {"q": q.repeat(1, 1, 2, 1)},
+        "state": {"kv": torch.zeros(1, 2, 8, 16)[..., ::2]}, "state dtype": {"kv": kv.double()}, "no state": {"kv": None},
+        "gate": {"decay": -gate}, "gate dtype": {"decay": gate.half()}, "gate nan": {"decay": gate * NAN}, "beta": {"beta": gate - 1},
+        "expanded": {"q": q[:, :1].expand(1, 2, 1, 8)}, "scale": {"scale": NAN}, "int": {"scale": 1}, "meta": {"q": q.to("meta")},
+        "list": {"q": [1.0]}, "shared": {"kv": (shared := torch.zeros(1, 2, 8, 8)), "q": shared[:, :, :1]},
+    }.items():  # fmt: skip
+        assert plain(**options) is None, name
+    assert torch.equal(kv, before)  # a step refused has written nothing
+    with torch.autocast("cpu", torch.bfloat16):
+        assert plain() is None
+    with torch.profiler.profile():
+        assert plain() is None
+
+
+def test_the_short_way_tells_autograd():
+    q, k, v = (torch.randn(1, 2, 1, 8) for _ in range(3))
+    state = torch.randn(1, 2, 8, 8)
+    w = torch.randn(1, 2, 8, 8, requires_grad=True)
+    product = w * state  # saves the state
+    fastattn.linear_attention_step(q, k, v, state, feature_map="identity")
+    with pytest.raises(RuntimeError, match="inplace"):
+        product.sum().backward()

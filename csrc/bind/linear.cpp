@@ -192,9 +192,8 @@ void refuse_outside(const TensorView& t, float least, float most, const char* wh
     }
 }
 
-void step(py::handle tensors, py::handle out, const std::string& map, bool normalize, double scale, int threads) {
-    const py::tuple x = tuple_of(tensors, kFields, "the tensors of a call are a LinearTensors of fastattn.params");
-    LinearParams p = params(x, map, true, normalize, scale, threads);
+// The rest of a step: its state, which it advances, and where it writes.
+void set_step(LinearParams& p, const py::tuple& x, py::handle out) {
     if (p.Lk() != 1 || p.cu_seqlens) refuse("a step takes one token of each batch");
     refuse_outside(p.decay, std::numeric_limits<float>::lowest(), 0,
                    "decay is the logarithm of a gate and must be finite and <= 0 (pass "
@@ -208,8 +207,40 @@ void step(py::handle tensors, py::handle out, const std::string& map, bool norma
     refuse_overlap(p.out, "out", {&p.q, &p.k, &p.v, &p.decay, &p.beta, &state.kv, &state.z});
     refuse_overlap(state.kv, "the state", {&p.q, &p.k, &p.v, &p.decay, &p.beta, &state.z});
     refuse_overlap(state.z, "the state", {&p.q, &p.k, &p.v, &p.decay});
+}
+
+void step(py::handle tensors, py::handle out, const std::string& map, bool normalize, double scale, int threads) {
+    const py::tuple x = tuple_of(tensors, kFields, "the tensors of a call are a LinearTensors of fastattn.params");
+    LinearParams p = params(x, map, true, normalize, scale, threads);
+    set_step(p, x, out);
     const py::gil_scoped_release released;
     linear_step(p);
+}
+
+// A step as it is called, without the general call's checks: out, or None where anything is unusual.
+py::object plain_step(py::handle tensors, const std::string& map, bool normalize, py::handle scale, bool grad_enabled,
+                      int threads) {
+    LinearParams p{};
+    py::object out;
+    try {
+        const py::tuple x = tuple_of(tensors, kFields, "a LinearTensors");
+        for (int field = 0; field < kKeyMask; ++field) {
+            const py::handle t = x[static_cast<size_t>(field)];
+            if (!t.is_none() && (!is_plain(t) || (grad_enabled && requires_grad(t)))) return py::none();
+        }
+        const double D = static_cast<double>(view_of(x[kQ], "q", 4).size[3]);
+        const double factor = scale.is_none() ? std::pow(D, -0.5) : scale.cast<double>();
+        if (normalize && !(factor > 0)) return py::none();
+        p = params(x, map, true, normalize, factor, threads);
+        if (p.D() != p.Dv() || p.q.size[1] != p.H() || p.B() == 0 || !is_usual(p.q)) return py::none();
+        out = empty_like(x[kQ]);
+        set_step(p, x, out);
+    } catch (const std::exception&) {
+        return py::none();
+    }
+    const py::gil_scoped_release released;
+    linear_step(p);
+    return out;
 }
 
 void backward(py::handle dout, py::handle dkv, py::handle dz, py::handle tensors, py::handle out, py::handle saved,
@@ -274,6 +305,9 @@ void register_linear(py::module_& m) {
     m.def("linear_step", &step,
           "linear_step(tensors, out, feature_map, normalize, scale, threads): fills out and advances the state of "
           "tensors in place");
+    m.def("linear_plain_step", &plain_step,
+          "linear_plain_step(tensors, feature_map, normalize, scale, grad_enabled, threads): the same, into a new tensor; "
+          "None where it is unusual");
 }
 
 }  // namespace fastattn

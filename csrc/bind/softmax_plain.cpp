@@ -16,9 +16,6 @@ namespace {
 // Scores up to which forward and backward look through a mask by themselves; the general call keeps a plan for both.
 constexpr int64_t kMaskScores = 1 << 18;
 
-// Whether torch.empty_like lays its result out as the general call does.
-bool is_usual(const TensorView& t) { return t.last_stride() == 1 && !is_expanded(t); }
-
 // q, k, v and `mask`, which is a bool mask, a bias or None; causal is 0, 1 (top-left) or 2 (bottom-right).
 bool read(py::handle q, py::handle k, py::handle v, py::handle mask, py::handle scale, int causal, int threads,
           SoftmaxParams* p) {

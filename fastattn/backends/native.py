@@ -171,6 +171,17 @@ def linear_step(x: LinearTensors, params: LinearParams):
     return out
 
 
+def linear_plain_step(x: LinearTensors, feature_map: str, normalize: bool, scale: float | None):
+    """out of a step whose tensors are as they were given; None if anything about them is unusual."""
+    if _C is None:
+        return None
+    grad = torch.is_grad_enabled()
+    out = _C.linear_plain_step(x, feature_map, normalize, scale, grad, torch.get_num_threads())
+    if out is not None:
+        x.state_was_written()
+    return out
+
+
 def _saves(x: LinearTensors, params: LinearParams) -> bool:
     return params.normalize or x.beta is not None
 

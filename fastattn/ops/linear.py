@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..autograd import autocast, full_precision, transformed, unobserved
+from ..autograd import autocast, full_precision, ordinary, transformed, unobserved
 from ..dispatch import BACKENDS, Explanation, select
 from ..dispatch import explain as explain_call
-from ..params import LinearCall, LinearState, LinearTensors
+from ..params import LinearCall, LinearState, LinearTensors, normalized
 from . import linear_checks
 from .linear_autograd import attend, attend_without_gradient, step
 
@@ -147,6 +147,10 @@ def linear_attention_step(
     """
     if state is None:
         raise TypeError("a step advances a state, got None; start from LinearState.zeros(...)")
+    if backend == "auto":
+        quick = _plain_step(q, k, v, state, feature_map, decay, beta, normalize, scale)
+        if quick is not None:
+            return quick
     call = _call(q, k, v, feature_map, True, decay, beta, normalize, scale, state, None, None, None, look=False)
     x = call.x
     if call.needs_grad:
@@ -175,6 +179,19 @@ def linear_attention_step(
         return step(x, call.params, chosen)
     with full_precision(x.q):
         return BACKENDS[chosen].linear_step(x, call.params)
+
+
+def _plain_step(q, k, v, state, feature_map, decay, beta, normalize, scale) -> Optional[Tensor]:
+    """out of a step on the native backend by the shortest way; None where the general call is to be made.
+
+    The general call's checks cost as much as the step of a small model; here C++ looks at the tensors once.
+    """
+    known = type(feature_map) is str and (normalize is None or type(normalize) is bool)
+    if not (known and (scale is None or type(scale) is float) and ordinary()) or torch.is_autocast_enabled("cpu"):
+        return None
+    kv, z = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
+    x = LinearTensors(q, k, v, decay, beta, kv, z)
+    return BACKENDS["native"].linear_plain_step(x, feature_map, normalized(feature_map, normalize), scale)
 
 
 def _call(
