@@ -204,15 +204,14 @@ static std::unique_ptr<uint64_t[]> seen_by_rows(const SoftmaxParams& p, const Ti
     return seen;
 }
 
-// Whether some rows of a bias, taken here and there, hide a key: then it is worth to look for tiles that all rows hide.
-static bool hides(const SoftmaxParams& p) {
-    const int64_t batches = p.bias.stride[0] == 0 ? 1 : p.bias.size[0], heads = p.bias.stride[1] == 0 ? 1 : p.bias.size[1];
+// Whether a row of a bias, of a few, hides 64 neighbouring keys: then it is worth to look for tiles that all rows hide.
+static bool hides_tiles(const TensorView& bias, int64_t Lq, int64_t Lk) {
+    const int64_t batches = bias.stride[0] == 0 ? 1 : bias.size[0], heads = bias.stride[1] == 0 ? 1 : bias.size[1];
     for (int64_t b = 0; b < batches; ++b) {
         for (int64_t h = 0; h < heads; ++h) {
-            for (const int64_t i : {int64_t{0}, p.Lq() / 2, p.Lq() - 1}) {
-                for (int64_t tile = 0; tile < tile_count(p.Lk()); ++tile) {
-                    const uint64_t all = band_word(-kUnbounded, kUnbounded, p.Lk(), i, tile);
-                    if (mask_word(p.bias, b, h, i, tile, p.Lk()) != all) return true;
+            for (const int64_t i : {int64_t{0}, Lq / 2, Lq - 1}) {
+                for (int64_t tile = 0; tile < tile_count(Lk); ++tile) {
+                    if (!mask_word(bias, b, h, i, tile, Lk)) return true;
                 }
             }
         }
@@ -229,7 +228,7 @@ Sight::Sight(const SoftmaxParams& p, int what) : words(tile_count(p.Lk())), owne
     bool complete = false;  // the plan knows of everything hidden but the band
     if (p.plan) {
         plan = *p.plan;
-    } else if ((what & kRows) && (p.mask || (p.bias && p.Lq() && hides(p)))) {
+    } else if ((what & kRows) && (p.mask || (p.bias && p.Lq() && hides_tiles(p.bias, p.Lq(), p.Lk())))) {
         owned_->plan = plan_from_mask(p.mask ? p.mask : p.bias, p.Lq(), p.Lk(), p.threads);
         plan = TilePlanView(owned_->plan);
         complete = !p.mask || !p.bias;
