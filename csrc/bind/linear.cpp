@@ -228,6 +228,7 @@ py::object plain_step(py::handle tensors, const std::string& map, bool normalize
             const py::handle t = x[static_cast<size_t>(field)];
             if (!t.is_none() && (!is_plain(t) || (grad_enabled && requires_grad(t)))) return py::none();
         }
+        if (!is_on_cpu(x[kQ])) return py::none();
         const double D = static_cast<double>(view_of(x[kQ], "q", 4).size[3]);
         const double factor = scale.is_none() ? std::pow(D, -0.5) : scale.cast<double>();
         if (normalize && !(factor > 0)) return py::none();

@@ -19,7 +19,7 @@ constexpr int64_t kMaskScores = 1 << 18;
 // q, k, v and `mask`, which is a bool mask, a bias or None; causal is 0, 1 (top-left) or 2 (bottom-right).
 bool read(py::handle q, py::handle k, py::handle v, py::handle mask, py::handle scale, int causal, int threads,
           SoftmaxParams* p) {
-    if (!is_plain(q) || !is_plain(k) || !is_plain(v)) return false;
+    if (!is_plain(q) || !is_on_cpu(q) || !is_plain(k) || !is_plain(v)) return false;
     p->q = view_of(q, "q", 4);
     p->k = view_of(k, "k", 4);
     p->v = view_of(v, "v", 4);

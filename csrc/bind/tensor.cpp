@@ -197,6 +197,8 @@ bool is_plain(py::handle tensor) {
     return type == known().tensor || type == known().parameter;
 }
 
+bool is_on_cpu(py::handle tensor) { return get(tensor, known().is_cpu, "tensor").ptr() == Py_True; }
+
 bool requires_grad(py::handle tensor) { return get(tensor, known().requires_grad, "tensor").ptr() == Py_True; }
 
 py::object empty_like(py::handle tensor) { return checked(PyObject_CallOneArg(known().empty_like, tensor.ptr())); }

@@ -20,6 +20,7 @@ TensorView view_of(pybind11::handle tensor, const char* name, int dims, bool opt
 TensorView view_as(pybind11::handle tensor, const char* name, int dims, DType dtype, int device = kCpu);
 
 bool is_plain(pybind11::handle tensor);  // of torch's own class, or a parameter
+bool is_on_cpu(pybind11::handle tensor);
 bool requires_grad(pybind11::handle tensor);
 
 // torch.empty_like, and uninitialised float32 on the same device.
