@@ -307,7 +307,8 @@ void register_linear(py::module_& m) {
           "linear_step(tensors, out, feature_map, normalize, scale, threads): fills out and advances the state of "
           "tensors in place");
     m.def("linear_plain_step", &plain_step,
-          "linear_plain_step(tensors, feature_map, normalize, scale, grad_enabled, threads): the same, into a new tensor; "
+          "linear_plain_step(tensors, feature_map, normalize, scale, grad_enabled, threads): the same, into a new "
+          "tensor; "
           "None where it is unusual");
 }
 

@@ -1,5 +1,5 @@
-// Calls without options but a mask or a bias, read and checked here once: what decoding a token, or training a small model, pays for each
-// layer. Each answers None where anything is unusual; the general call then says what.
+// Calls without options but a mask or a bias, read and checked here once: what decoding a token, or training a small
+// model, pays for each layer. Each answers None where anything is unusual; the general call then says what.
 #include <pybind11/stl.h>
 
 #include <array>
@@ -105,10 +105,12 @@ py::object backward(py::handle dout, py::handle q, py::handle k, py::handle v, p
 
 void register_softmax_plain(py::module_& m) {
     m.def("softmax_plain_forward", &forward,
-          "softmax_plain_forward(q, k, v, mask, scale, causal, grouped, grad_enabled, threads): out, or (out, lse_parts) for "
+          "softmax_plain_forward(q, k, v, mask, scale, causal, grouped, grad_enabled, threads): out, or (out, "
+          "lse_parts) for "
           "a backward pass, or None");
     m.def("softmax_plain_backward", &backward,
-          "softmax_plain_backward(dout, q, k, v, mask, out, lse_parts, needs, scale, causal, threads): (dq, dk, dv), or None");
+          "softmax_plain_backward(dout, q, k, v, mask, out, lse_parts, needs, scale, causal, threads): (dq, dk, dv), "
+          "or None");
 }
 
 }  // namespace fastattn

@@ -36,7 +36,7 @@ void expect(const TensorView& t, const char* name, const int64_t (&sizes)[4], bo
 
 void refuse_unless_contiguous(const TensorView& t, const char* name);
 
-bool is_expanded(const TensorView& t);  // some of its elements are one
+bool is_expanded(const TensorView& t);       // some of its elements are one
 inline bool is_usual(const TensorView& t) {  // torch.empty_like lays its result out as `empty_like_layout` does
     return t.last_stride() == 1 && !is_expanded(t);
 }
