@@ -33,7 +33,8 @@ enum DLTypeCode : uint8_t { kDLInt = 0, kDLFloat = 2, kDLBFloat = 4, kDLBool = 6
 // Of torch.Tensor; null where this torch has none.
 inline const DLExchange* dlpack_of(PyObject* tensor_type) {
     PyObject* capsule = PyObject_GetAttrString(tensor_type, "__dlpack_c_exchange_api__");
-    const auto* api = capsule ? static_cast<DLExchange*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api")) : nullptr;
+    const auto* api =
+        capsule ? static_cast<DLExchange*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api")) : nullptr;
     PyErr_Clear();
     Py_XDECREF(capsule);
     while (api && api->major_version > 1) api = api->older;

@@ -96,8 +96,9 @@ void register_softmax_plain(py::module_& m) {
     m.def("softmax_plain_forward", &forward,
           "softmax_plain_forward(q, k, v, scale, causal, grouped, grad_enabled, threads): out, or (out, lse_parts) for "
           "a backward pass, or None");
-    m.def("softmax_plain_backward", &backward,
-          "softmax_plain_backward(dout, q, k, v, out, lse_parts, needs, scale, causal, threads): (dq, dk, dv), or None");
+    m.def(
+        "softmax_plain_backward", &backward,
+        "softmax_plain_backward(dout, q, k, v, out, lse_parts, needs, scale, causal, threads): (dq, dk, dv), or None");
 }
 
 }  // namespace fastattn

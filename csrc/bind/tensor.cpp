@@ -70,7 +70,8 @@ bool dtype_of(const DLTensor& t, DType* dtype) {
     constexpr int kinds[] = {kDLFloat << 8 | 32, kDLBFloat << 8 | 16, kDLFloat << 8 | 16,
                              kDLBool << 8 | 8,   kDLInt << 8 | 32,    kDLInt << 8 | 64};  // in the order of DType
     for (int i = 0; i < 6; ++i) {
-        if (t.type_lanes == 1 && (t.type_code << 8 | t.type_bits) == kinds[i]) return *dtype = static_cast<DType>(i), true;
+        if (t.type_lanes == 1 && (t.type_code << 8 | t.type_bits) == kinds[i])
+            return *dtype = static_cast<DType>(i), true;
     }
     return false;
 }

@@ -12,7 +12,6 @@ namespace fastattn {
 namespace FASTATTN_ISA {
 namespace {
 
-
 template <class Math>
 class Backward {
    public:

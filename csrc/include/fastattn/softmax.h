@@ -15,8 +15,7 @@ FASTATTN_INLINE bool is_decode(int64_t Lq, int64_t group, int64_t Lk) {
 // multiply-adds.
 FASTATTN_INLINE int team_of(const SoftmaxParams& p, int64_t tasks) {
     constexpr double kSerialWork = 1 << 19;
-    const double work =
-        static_cast<double>(p.B() * p.Hq() * p.Lq()) * static_cast<double>(p.Lk() * (p.D() + p.Dv()));
+    const double work = static_cast<double>(p.B() * p.Hq() * p.Lq()) * static_cast<double>(p.Lk() * (p.D() + p.Dv()));
     if (work < kSerialWork || tasks < 2) return 1;
     return tasks < p.threads ? static_cast<int>(tasks) : p.threads;
 }
