@@ -9,6 +9,7 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from .flops import register_flops
@@ -120,7 +121,8 @@ def unobserved(*tensors: Optional[Tensor]) -> bool:
     if traced() or torch.autograd._profiler_enabled():
         return False
     for t in tensors:
-        if t is not None and (type(t) not in PLAIN or t.is_neg() or t.is_meta):
+        # Batched gradients (is_grads_batched) have the class of any tensor, but no memory.
+        if t is not None and (type(t) not in PLAIN or t.is_neg() or t.is_meta or is_legacy_batchedtensor(t)):
             return False
     return True
 
