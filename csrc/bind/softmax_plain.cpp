@@ -73,11 +73,14 @@ py::object backward(py::handle dout, py::handle q, py::handle k, py::handle v, p
         expect(g.dout, "dout", {p.B(), p.Hq(), p.Lq(), p.Dv()});
         if (g.dout.dtype != p.q.dtype) return py::none();
         const py::handle inputs[] = {q, k, v};
+        const TensorView* const like[] = {&p.q, &p.k, &p.v};
         TensorView* const views[] = {&g.dq, &g.dk, &g.dv};
         for (int i = 0; i < 3; ++i) {
             if (!needs[static_cast<size_t>(i)]) continue;
             gradients[i] = empty_like(inputs[i]);
             *views[i] = view_of(gradients[i], "a gradient", 4);
+            expect(*views[i], "a gradient", like[i]->size);
+            if (views[i]->dtype != p.q.dtype) return py::none();
             ask_for_large_pages(*views[i]);
         }
     } catch (const std::exception&) {
