@@ -136,6 +136,8 @@ def test_builder_refuses_rows_it_cannot_hold():
             build([0], [5], i0, i1)
     with pytest.raises(ValueError, match="missing"):
         build([0], [5], 0, 64).finish()
+    with pytest.raises(ValueError, match="whole tiles"):  # which has no rows, and a tile that began before
+        build([0], [5]).add_rows([("words", torch.empty(1, 1, 0, 2, dtype=torch.int64))], 70, 70)
     builder, rows = native._C.PlanBuilder(1, 1, 70, 100), torch.zeros(1, 1, 70, 2, dtype=torch.int32)
     good, one, ends = ("intervals", rows, rows), rows[..., :1], rows.flatten()
     for steps in (

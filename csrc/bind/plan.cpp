@@ -3,7 +3,6 @@
 
 #include <pybind11/stl.h>
 
-#include <cstdlib>
 #include <cstring>
 #include <vector>
 
@@ -130,7 +129,7 @@ class Builder {
             found.step = py::cast<int64_t>(step[1]);
             found.shift = py::cast<int64_t>(step[2]);
             const int64_t limit = int64_t{1} << 32;
-            if (found.step < 1 || found.step > limit || std::abs(found.shift) > limit) {
+            if (found.step < 1 || found.step > limit || found.shift > limit || found.shift < -limit) {
                 refuse("multiples are of a step from 1 to 2^32, shifted by no more");
             }
         } else if ((name == "intersect" || name == "unite" || name == "complement") && given == 0) {
