@@ -98,6 +98,7 @@ class Builder {
    private:
     template <class F>
     void with_steps(const py::sequence& steps, int64_t i0, int64_t i1, F&& f) const {
+        if (i0 < 0 || i1 < i0 || i1 > Lq_) refuse("rows must be those of queries from 0 to Lq");
         const auto kept = py::cast<std::vector<py::tuple>>(steps);  // with the tensors in them
         std::vector<RowStep> found;
         for (const py::tuple& step : kept) found.push_back(row_step(step, i0, i1));
