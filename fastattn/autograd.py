@@ -94,6 +94,8 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 
 PLAIN = frozenset((Tensor, torch.nn.Parameter))
+# Of batched gradients (is_grads_batched), which have the class of any tensor, but no memory.
+is_legacy_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda t: False)
 
 
 def traced() -> bool:
@@ -120,7 +122,7 @@ def unobserved(*tensors: Optional[Tensor]) -> bool:
     if traced() or torch.autograd._profiler_enabled():
         return False
     for t in tensors:
-        if t is not None and (type(t) not in PLAIN or t.is_neg() or t.is_meta):
+        if t is not None and (type(t) not in PLAIN or t.is_neg() or t.is_meta or is_legacy_batched(t)):
             return False
     return True
 

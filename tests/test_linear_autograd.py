@@ -178,6 +178,15 @@ def test_gradients_through_vmap(backend):
         assert max_error(a, b) <= 2e-5 * max(1.0, float(b.abs().max()))
 
 
+@fast_backends
+def test_batched_gradients(backend):
+    q, k, v = (torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3))
+    out, douts = fastattn.linear_attention(q, k, v, backend=backend), torch.randn(3, 1, 2, 5, 8)
+    found = torch.autograd.grad(out, (q, k, v), douts, retain_graph=True, is_grads_batched=True)
+    one_by_one = zip(*(torch.autograd.grad(out, (q, k, v), dout, retain_graph=True) for dout in douts))
+    assert all(torch.equal(batch, torch.stack(each)) for batch, each in zip(found, one_by_one))
+
+
 @all_backends
 @pytest.mark.parametrize("case", [CASES[1], CASES[7], CASES[9]], ids=str)
 def test_checkpoint_without_reentry(case, backend):

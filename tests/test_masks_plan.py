@@ -131,11 +131,13 @@ def test_builder_refuses_rows_it_cannot_hold():
         refused.add_rows([("intervals", *torch.tensor([[5], [3]], dtype=torch.int32).view(2, 1, 1, 1, 1))], 0, 70)
     with pytest.raises(ValueError, match="missing"):
         refused.finish()
-    for i0, i1 in ((64, 70), (0, 10), (0, 71), (10, 70), (70, 0), (-64, 0)):
+    for i0, i1 in ((64, 70), (0, 10), (0, 71), (10, 70), (70, 0), (-64, 0), (-(2**63), 2**63 - 1)):
         with pytest.raises(ValueError):
             build([0], [5], i0, i1)
     with pytest.raises(ValueError, match="missing"):
         build([0], [5], 0, 64).finish()
+    with pytest.raises(ValueError, match="whole tiles"):  # which has no rows, and a tile that began before
+        build([0], [5]).add_rows([("words", torch.empty(1, 1, 0, 2, dtype=torch.int64))], 70, 70)
     builder, rows = native._C.PlanBuilder(1, 1, 70, 100), torch.zeros(1, 1, 70, 2, dtype=torch.int32)
     good, one, ends = ("intervals", rows, rows), rows[..., :1], rows.flatten()
     for steps in (
@@ -155,6 +157,7 @@ def test_builder_refuses_rows_it_cannot_hold():
         [("words", rows.long()[..., :1])],
         [("multiples", 0, 0)],
         [("multiples", 3, 2**33)],
+        [("multiples", 3, -(2**63))],
         [],
         [()],
         [good, good],
@@ -167,7 +170,7 @@ def test_builder_refuses_rows_it_cannot_hold():
         for call in (native._C.PlanBuilder(1, 1, 70, 100).add_rows, builder.count_pairs):
             with pytest.raises((ValueError, TypeError, RuntimeError)):
                 call(steps, 0, 70)
-    for i0, i1 in ((1, 70), (0, 71), (-64, 0), (64, 0), (0, 10)):
+    for i0, i1 in ((1, 70), (0, 71), (-64, 0), (64, 0), (0, 10), (-(2**63), 2**63 - 1)):
         with pytest.raises(ValueError):
             builder.count_pairs([("multiples", 3, 0)], i0, i1)
     for mask, threads in (

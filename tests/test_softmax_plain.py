@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from harness import BF16, FP16, FP32
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
+from fastattn.backends import native
 from fastattn.ops.softmax_plain import plain_attention
 from fastattn.testing import LAYOUTS, Case, make, relayout
 
@@ -175,6 +177,22 @@ def test_edited_tensors_are_noticed(edited):
         (q if edited == "q" else out).add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         gradients(out, qkv, dout)
+
+
+def test_memory_of_another_shape_is_not_written():
+    """A function mode may answer torch.empty_like with anything."""
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            found = function(*args, **(kwargs or {}))
+            return found.new_zeros(answer) if function.__name__ == "empty_like" else found
+
+    qkv, dout = inputs(CASES["square"], FP32)
+    out, parts = native.softmax_plain_forward(*qkv, None, False, True)
+    for answer in ((1, 1, 1, 1), tuple(dout.shape), (2, 3, 70, 8)):
+        with Mode():
+            found = native.softmax_plain_backward(dout, *qkv, out, parts, (True,) * 3, None, False)
+        assert (found is None) == (answer != dout.shape)
 
 
 @pytest.mark.parametrize("run_backward", [False, True])

@@ -3,7 +3,6 @@
 
 #include <pybind11/stl.h>
 
-#include <cstdlib>
 #include <cstring>
 #include <vector>
 
@@ -99,6 +98,7 @@ class Builder {
    private:
     template <class F>
     void with_steps(const py::sequence& steps, int64_t i0, int64_t i1, F&& f) const {
+        if (i0 < 0 || i1 < i0 || i1 > Lq_) refuse("rows must be those of queries from 0 to Lq");
         const auto kept = py::cast<std::vector<py::tuple>>(steps);  // with the tensors in them
         std::vector<RowStep> found;
         for (const py::tuple& step : kept) found.push_back(row_step(step, i0, i1));
@@ -130,7 +130,7 @@ class Builder {
             found.step = py::cast<int64_t>(step[1]);
             found.shift = py::cast<int64_t>(step[2]);
             const int64_t limit = int64_t{1} << 32;
-            if (found.step < 1 || found.step > limit || std::abs(found.shift) > limit) {
+            if (found.step < 1 || found.step > limit || found.shift > limit || found.shift < -limit) {
                 refuse("multiples are of a step from 1 to 2^32, shifted by no more");
             }
         } else if ((name == "intersect" || name == "unite" || name == "complement") && given == 0) {

@@ -51,7 +51,7 @@ py::object forward(py::handle q, py::handle k, py::handle v, py::handle mask, py
             const bool long_mask = (p.mask || p.bias) && p.Lq() * p.Lk() > kMaskScores;
             if (long_mask || !is_usual(p.k) || !is_usual(p.v)) return py::none();
             parts = empty_floats(q, {p.B(), p.Hq(), p.Lq(), 2});
-            p.lse_parts = reinterpret_cast<float*>(view_of(parts, "lse_parts", 4).data);
+            p.lse_parts = floats(view_of(parts, "lse_parts", 4), "lse_parts", {p.B(), p.Hq(), p.Lq(), 2});
         }
         out = empty_like(q);
         p.out = view_of(out, "out", 4);
@@ -84,11 +84,14 @@ py::object backward(py::handle dout, py::handle q, py::handle k, py::handle v, p
         expect(g.dout, "dout", {p.B(), p.Hq(), p.Lq(), p.Dv()});
         if (g.dout.dtype != p.q.dtype) return py::none();
         const py::handle inputs[] = {q, k, v};
+        const TensorView* const like[] = {&p.q, &p.k, &p.v};
         TensorView* const views[] = {&g.dq, &g.dk, &g.dv};
         for (int i = 0; i < 3; ++i) {
             if (!needs[static_cast<size_t>(i)]) continue;
             gradients[i] = empty_like(inputs[i]);
             *views[i] = view_of(gradients[i], "a gradient", 4);
+            expect(*views[i], "a gradient", like[i]->size);
+            if (views[i]->dtype != p.q.dtype) return py::none();
             ask_for_large_pages(*views[i]);
         }
     } catch (const std::exception&) {
@@ -106,8 +109,7 @@ py::object backward(py::handle dout, py::handle q, py::handle k, py::handle v, p
 void register_softmax_plain(py::module_& m) {
     m.def("softmax_plain_forward", &forward,
           "softmax_plain_forward(q, k, v, mask, scale, causal, grouped, grad_enabled, threads): out, or (out, "
-          "lse_parts) for "
-          "a backward pass, or None");
+          "lse_parts) for a backward pass, or None");
     m.def("softmax_plain_backward", &backward,
           "softmax_plain_backward(dout, q, k, v, mask, out, lse_parts, needs, scale, causal, threads): (dq, dk, dv), "
           "or None");

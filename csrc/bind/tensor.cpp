@@ -69,9 +69,10 @@ DType dtype_of(py::handle tensor, const char* name) {
 bool dtype_of(const DLTensor& t, DType* dtype) {
     constexpr int kinds[] = {kDLFloat << 8 | 32, kDLBFloat << 8 | 16, kDLFloat << 8 | 16,
                              kDLBool << 8 | 8,   kDLInt << 8 | 32,    kDLInt << 8 | 64};  // in the order of DType
-    for (int i = 0; i < 6; ++i) {
-        if (t.type_lanes == 1 && (t.type_code << 8 | t.type_bits) == kinds[i])
-            return *dtype = static_cast<DType>(i), true;
+    for (int i = 0; i < 6 && t.type_lanes == 1; ++i) {
+        if ((t.type_code << 8 | t.type_bits) != kinds[i]) continue;
+        *dtype = static_cast<DType>(i);
+        return true;
     }
     return false;
 }

@@ -17,7 +17,9 @@ uint64_t hash_of(const uint64_t* tile) {
     const auto mix = [](uint64_t hash, uint64_t x) { return (hash ^ x) * 0x9e3779b97f4a7c15u + (hash >> 29); };
     for (int64_t r = 0; r < kTile; ++r) lane[r % 4] = mix(lane[r % 4], tile[r]);
     const uint64_t hash = mix(mix(mix(lane[0], lane[1]), lane[2]), lane[3]);
-    return hash ^ hash >> 32;
+    // A product carries bits upwards alone, and slots are low bits: folded twice, they depend on the last row as well.
+    const uint64_t folded = mix(hash ^ hash >> 32, 0);
+    return folded ^ folded >> 32;
 }
 
 // Stores equal partial tiles once.
@@ -91,8 +93,11 @@ struct PlanBuilder::State {
     uint64_t all(int64_t tile) const { return low_bits(Lk - tile * kTile); }
     int64_t rows(int64_t t) const { return std::min(kTile, Lq - t * kTile); }
 
+    bool whole_tiles(int64_t i0, int64_t i1) const {
+        return 0 <= i0 && i0 <= i1 && i1 <= Lq && i0 % kTile == 0 && (i1 % kTile == 0 || i1 == Lq);
+    }
     void begin(int64_t i0, int64_t i1) {
-        if (i0 != next || i1 < i0 || i1 > Lq || (i1 % kTile && i1 != Lq)) {
+        if (i0 != next || !whole_tiles(i0, i1)) {
             throw std::invalid_argument("rows must be added in order, in whole tiles");
         }
         next = i1;
@@ -158,9 +163,7 @@ void PlanBuilder::add_rows(const std::vector<RowStep>& steps, int64_t i0, int64_
 
 int64_t PlanBuilder::count_pairs(const std::vector<RowStep>& steps, int64_t i0, int64_t i1) const {
     const State& s = *state_;
-    if (i0 < 0 || i0 % kTile || i1 < i0 || i1 > s.Lq || (i1 % kTile && i1 != s.Lq)) {
-        throw std::invalid_argument("rows must be counted in whole tiles");
-    }
+    if (!s.whole_tiles(i0, i1)) throw std::invalid_argument("rows must be counted in whole tiles");
     RowProgram program(steps, i0, s.Lq, s.Lk);
     int64_t pairs = 0;
     for (int64_t list = 0, tiles = tile_count(i1) - i0 / kTile; list < s.batches * s.heads * tiles; ++list) {

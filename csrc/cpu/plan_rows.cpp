@@ -83,9 +83,17 @@ const Spans& RowProgram::of(int64_t b, int64_t h, int64_t t) {
             case RowStep::kWords:
                 words(step, result, b, h, i, rows);
                 break;
-            case RowStep::kMultiples:
-                multiples(step, result, t, rows);
+            case RowStep::kMultiples: {
+                int64_t k0 = 0, k1 = k_tiles_;
+                if (at + 1 < steps_.size() && steps_[at + 1].op == RowStep::kIntersect) {
+                    // What they are intersected with has tiles from here to there: others are not made.
+                    const Spans& spans = *stack_.back();
+                    k0 = spans.empty() ? k1 : spans.front().first;
+                    k1 = spans.empty() ? k1 : spans.back().first + spans.back().count;
+                }
+                multiples(step, result, t, rows, k0, k1);
                 break;
+            }
             case RowStep::kComplement:
                 complement(pop(), result);
                 break;
@@ -256,12 +264,12 @@ void RowProgram::words(const RowStep& step, Result* result, int64_t b, int64_t h
 
 // Row r of a tile sees the columns c with c = r + rest modulo step, so tiles of equal rest are equal; those with a key
 // have -kTile < rest < kTile. Tiles that an end cuts are made for themselves.
-void RowProgram::multiples(const RowStep& step, Result* result, int64_t t, int64_t rows) const {
+void RowProgram::multiples(const RowStep& step, Result* result, int64_t t, int64_t rows, int64_t k0, int64_t k1) const {
     const int64_t n = step.step;
     constexpr int32_t kUnknown = -1;
     result->by_remainder.resize(2 * kTile, {kUnknown, 0, nullptr});
-    int64_t rest = ((step.shift + t * kTile) % n + n) % n;
-    for (int64_t k = 0; k < k_tiles_; ++k, rest = (rest + n - kTile % n) % n) {
+    int64_t rest = ((step.shift + (t - k0) * kTile) % n + n) % n;
+    for (int64_t k = k0; k < k1; ++k, rest = (rest + n - kTile % n) % n) {
         const int64_t near = rest < kTile ? rest : rest - n;
         if (near <= -kTile) continue;
         const bool cut = rows < kTile || (k + 1) * kTile > Lk_;

@@ -92,7 +92,7 @@ class RowProgram {
     void partial_of_intervals(Result* result, int64_t rows, int64_t k);
     void many_intervals(Result* result, int64_t rows);
     void words(const RowStep& step, Result* result, int64_t b, int64_t h, int64_t i, int64_t rows) const;
-    void multiples(const RowStep& step, Result* result, int64_t t, int64_t rows) const;
+    void multiples(const RowStep& step, Result* result, int64_t t, int64_t rows, int64_t k0, int64_t k1) const;
     template <bool kAnd>
     void combine(const Spans& a, const Spans& b, Result* result) const;
     void complement(const Spans& a, Result* result) const;
