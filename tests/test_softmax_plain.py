@@ -188,10 +188,10 @@ def test_memory_of_another_shape_is_not_written():
             return found.new_zeros(answer) if function.__name__ == "empty_like" else found
 
     qkv, dout = inputs(CASES["square"], FP32)
-    out, parts = native.softmax_plain_forward(*qkv, None, False, True)
+    out, parts = native.softmax_plain_forward(*qkv, None, None, False, True)
     for answer in ((1, 1, 1, 1), tuple(dout.shape), (2, 3, 70, 8)):
         with Mode():
-            found = native.softmax_plain_backward(dout, *qkv, out, parts, (True,) * 3, None, False)
+            found = native.softmax_plain_backward(dout, *qkv, None, out, parts, (True,) * 3, None, False)
         assert (found is None) == (answer != dout.shape)
 
 

@@ -28,8 +28,9 @@ def visible_pairs(problem: Problem) -> int:
     """Visible (query, key) pairs over all batches and heads."""
     lo, hi = everyone.band(problem)
     if problem.mask is not None:
-        assert problem.mask == "qk" and lo is None and hi is None, "count these pairs first"
-        pairs = int(testing_inputs.random_mask((problem.Lq, problem.Lk), seed=4).sum())
+        assert problem.mask in ("qk", "1k") and lo is None and hi is None, "count these pairs first"
+        mask = testing_inputs.random_mask(problem.sizes(problem.mask), seed=4)
+        pairs = int(mask.sum()) * problem.Lq * problem.Lk // mask.numel()
     else:
         i = torch.arange(problem.Lq)
         first = torch.zeros_like(i) if lo is None else (i + lo).clamp(min=0)
@@ -93,6 +94,7 @@ def cpu_cases() -> list[Case]:
     """The table of goals on two CPU cores."""
     short = square(128, B=8, H=12)
     tiny = Problem(B=1, Hq=8, Hk=8, Lq=1, Lk=64, D=64)
+    masked = Problem(B=1, Hq=8, Hk=8, Lq=1, Lk=1024, D=64, mask="1k")
     layer = square(64, H=4, causal="top_left", layout="blhd")  # of a small model, as its projection lays it out
     one_head = square(1024, H=1, causal="top_left")
     return [
@@ -117,6 +119,7 @@ def cpu_cases() -> list[Case]:
         case("fp32 forward B8 H12 L128", short, "fp32", Goal(1.5)),
         case("bf16 forward B8 H12 L128", short, "bf16", Goal(2.2)),
         case("fp32 tiny Lq1 Lk64", tiny, "fp32", Goal(slower_by_us=5), presets=QUICK),
+        case("fp32 decode with a mask of keys", masked, "fp32", Goal(1.0), bound="memory", presets=DECODE),
         case("fp32 small forward H4 L64", layer, "fp32", Goal(1.0)),
         case("fp32 small backward H4 L64", layer, "fp32", Goal(1.0), backward=True),
         case("fp32 backward H1, 1 -> 2 threads", one_head, "fp32", Goal(1.8), backward=True, extra="threads"),
