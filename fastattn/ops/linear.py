@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..autograd import autocast, full_precision, ordinary, transformed, unobserved
+from ..autograd import autocast, full_precision, ordinary, transformed
 from ..dispatch import BACKENDS, Explanation, select
 from ..dispatch import explain as explain_call
 from ..params import LinearCall, LinearState, LinearTensors, normalized
@@ -175,10 +175,7 @@ def linear_attention_step(
             linear_checks.decay_values(x.decay)
         if x.beta is not None:
             linear_checks.beta_values(x.beta)
-    if not unobserved(x.q, x.kv):
-        return step(x, call.params, chosen)
-    with full_precision(x.q):
-        return BACKENDS[chosen].linear_step(x, call.params)
+    return step(x, call.params, chosen)
 
 
 def _plain_step(q, k, v, state, feature_map, decay, beta, normalize, scale) -> Optional[Tensor]:
@@ -226,9 +223,4 @@ def _run(call: LinearCall, backend: str) -> tuple[Tensor, Tensor, Optional[Tenso
     # A dual tensor must meet the autograd function, which refuses it; the bare op would drop the tangent.
     if needs_grad or forward_ad._current_level >= 0 or transformed():
         return attend(x, params, backend)
-    if unobserved(
-        *x
-    ):  # the op costs as much as a small kernel; where nobody looks, its implementation is called directly
-        with full_precision(x.q):
-            return BACKENDS[backend].linear_forward(x, params, False)[:3]
     return attend_without_gradient(x, params, backend)

@@ -207,8 +207,4 @@ def _run(call: SoftmaxCall, backend: str) -> tuple[Tensor, Tensor]:
     # A dual tensor must meet the autograd function, which refuses it; the bare op would drop the tangent.
     if needs_grad or forward_ad._current_level >= 0 or transformed():
         return attend(x, params, backend)
-    # The op costs as much as a small kernel; where nobody looks, its implementation is called directly.
-    if unobserved(x.q, x.k, x.v, *x[3:8]):
-        with full_precision(x.q):
-            return BACKENDS[backend].softmax_forward(x, params, False)[:2]
     return attend_without_gradient(x, params, backend)
