@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import time
 
 import pytest
 import torch
@@ -95,8 +94,7 @@ def test_the_builder_is_given_few_numbers(monkeypatch, name):
 
 
 @pytest.mark.skipif(native._C is None, reason=f"native: {native.status()}")
-def test_a_dilated_window_takes_time_by_its_width():
-    """Not by all keys: that would be a hundred times as long, and seconds."""
-    L, started = 2**21, time.process_time()
-    assert masks.dilated(2, (512, 0)).density(L, L) == pytest.approx(257 / L, rel=1e-3)
-    assert time.process_time() - started < 3
+def test_a_dilated_window_of_millions_of_tokens():
+    """Its multiples are made in the band alone."""
+    L, seen = 2**21, 257
+    assert masks.dilated(2, (512, 0)).density(L, L) * L * L == seen * L - 2 * sum(range(seen))

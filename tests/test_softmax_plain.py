@@ -1,4 +1,4 @@
-"""Calls without options take a shorter way to the native kernels: it must be the same attention, and know its limits."""
+"""Calls with a mask or a bias at most take a shorter way to the native kernels: it must be the same attention, and know its limits."""
 
 import gc
 import weakref

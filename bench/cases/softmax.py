@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
+from math import prod
 from typing import Any
 
 import torch
@@ -46,12 +47,12 @@ def flops(problem: Problem, backward: bool) -> float:
 
 
 def bytes_moved(problem: Problem, dtype: str, backward: bool) -> float:
-    """Every tensor once: q, k, v, out; backward also dout, dq, dk, dv. A bool mask has one byte per pair."""
+    """Every tensor once: q, k, v, out; backward also dout, dq, dk, dv. A bool mask has one byte per element."""
     size = DTYPES[dtype].itemsize
     queries = problem.B * problem.Hq * problem.Lq
     keys = problem.B * problem.Hk * problem.Lk
     elements = (queries + keys) * (problem.D + problem.head_dim_v)
-    mask = problem.Lq * problem.Lk if problem.mask else 0
+    mask = prod(problem.sizes(problem.mask)) if problem.mask else 0
     output = queries * problem.head_dim_v
     return float(size * ((2 * elements + output) if backward else elements) + mask)
 

@@ -308,8 +308,7 @@ void register_linear(py::module_& m) {
           "tensors in place");
     m.def("linear_plain_step", &plain_step,
           "linear_plain_step(tensors, feature_map, normalize, scale, grad_enabled, threads): the same, into a new "
-          "tensor; "
-          "None where it is unusual");
+          "tensor; None where it is unusual");
 }
 
 }  // namespace fastattn
