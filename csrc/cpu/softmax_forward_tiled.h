@@ -80,10 +80,11 @@ class Tiled {
         }
     }
 
-    // Heads that threads pack for themselves, each its own: they fit, and stay, in second-level caches. All of many,
-    // and of few that take equally long as many as occupy every thread; the others are shared.
+    // Heads that threads pack for themselves, each its own, so that what stays in a second-level cache is in that of
+    // the thread that needs it. All of many, and of few that take equally long as many as occupy every thread; the
+    // others are shared, and so are heads that would take too much memory.
     int64_t own_heads(int64_t heads) const {
-        if (layout_.head_size() * 4 > kOwnBytes<Math>) return 0;
+        if (layout_.head_size() * 4 > most(kOwnBytes<Math>, kWaveBytes / threads_)) return 0;
         if (heads >= 8 * threads_) return heads;
         return sight_.alike() ? heads - heads % threads_ : 0;
     }
