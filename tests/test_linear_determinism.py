@@ -102,3 +102,37 @@ def test_from_many_python_threads(backend):
             found = pool.map(lambda p: attend(p[1], backend, **p[0].options()), problems)
             for a, b in zip(found, alone):
                 assert_equal(a, b, "side by side")
+
+
+@pytest.mark.parametrize("Dv", [64, 72])
+@pytest.mark.parametrize("options", [{}, {"decay": "bhl"}, {**DELTA, "decay": "bhl"}], ids=("elu1", "decay", "delta"))
+def test_a_call_larger_than_caches(options, Dv):
+    """Its results are written past them; those of its heads in smaller calls are not."""
+    H = 9
+    case = LinearCase(B=1, Hq=H, Hk=H, Hv=H, L=4096, D=64, Dv=Dv, **options)
+    inputs = make(case, FP32)
+    whole = attend(inputs, "native", **case.options())
+    for first in range(0, H, 3):
+        heads = inputs._replace(**{
+            name: x[:, first : first + 3] for name, x in zip(inputs._fields, inputs) if isinstance(x, torch.Tensor) and x.dim() > 2
+        })  # fmt: skip
+        part = attend(heads, "native", **case.options())
+        cut = whole._replace(**{
+            name: x[:, first : first + 3] for name, x in zip(whole._fields, whole) if x is not None and x.dim() > 2
+        })  # fmt: skip
+        assert_equal(part, cut, f"heads from {first}")
+
+
+def test_kept_scratch_from_many_python_threads():
+    """Pieces of scratch memory that are large enough to be kept, of many sizes, wanted at once."""
+    if DEVICE != "cpu":
+        pytest.skip("threads of the cpu")
+    cases = [LinearCase(B=1, Hq=2, Hk=2, Hv=2, L=L, D=D, Dv=D, **options)
+             for L, D in ((300, 64), (1100, 32), (2100, 16)) for options in ({}, {"decay": "h"}, {**DELTA, "decay": "bhl"})]  # fmt: skip
+    problems = [(case, make(case, FP32)) for case in cases]
+    alone = [attend(inputs, "native", **case.options()) for case, inputs in problems]
+    with ThreadPoolExecutor(9) as pool:
+        for _ in range(5):
+            found = pool.map(lambda p: attend(p[1], "native", **p[0].options()), problems)
+            for a, b in zip(found, alone):
+                assert_equal(a, b, "side by side")

@@ -1,4 +1,5 @@
 // Linear attention, backward: dq scans forward in time, dk and dv backward, each as the forward pass does.
+#include "linear_backward_gate.h"
 #include "linear_backward_whole.h"
 #include "linear_delta_backward.h"
 
@@ -18,6 +19,7 @@ class CausalBackward : BackwardWork {
    public:
     CausalBackward(const LinearParams& p, const LinearGradients& g)
         : BackwardWork(p, g),
+          gate_(p, g),
           wanted_{dq_ || ddecay_ || (p.normalize && (dk_ || dz_)), dk_ || ddecay_ || dz_, dv_ || dkv_} {}
 
     void run() {
@@ -37,16 +39,19 @@ class CausalBackward : BackwardWork {
             }
             if (wanted_.v) kinds[count++] = {false, false, true};
         }
-        run_tasks(threads, heads() * count, place(nullptr).used, [&](int64_t task, float* memory) {
+        const int64_t own = place(nullptr).used;
+        run_tasks(threads, heads() * count, own + gate_.floats(), [&](int64_t task, float* memory) {
             const LinearHead head = head_of(task / count);
             const Buffers x = place(memory);
+            const Passes& passes = kinds[task % count];
             if (!p_.decay) {
-                differentiate<Factor::kNone>(head, kinds[task % count], x);
+                differentiate<Factor::kNone>(head, passes, x);
             } else if (p_.vector_decay()) {
-                differentiate<Factor::kRows>(head, kinds[task % count], x);
+                differentiate<Factor::kRows>(head, passes, x);
             } else {
-                differentiate<Factor::kScalar>(head, kinds[task % count], x);
+                differentiate<Factor::kScalar>(head, passes, x);
             }
+            if (passes.k && gate_.wanted()) settle_gate(head, memory + own);
         });
         sum_heads(threads);
     }
@@ -102,7 +107,8 @@ class CausalBackward : BackwardWork {
     // df_t = X read_t with what tokens of the block bring, read_t the rows of values of the other side. Returns own[t],
     // the product of both rows of a token. `lanes`: dv.
     template <Factor factor, bool backwards>
-    void scan_block(int64_t n, const BlockLanes& v, const Buffers& x, bool rows, bool lanes, float* own) const {
+    void scan_block(int64_t n, const BlockLanes& v, const Buffers& x, bool rows, bool lanes, RowsAhead&& ahead,
+                    float* own) const {
         const int64_t ld_f = layout_.ld_f, ld_v = layout_.ld_v;
         const BlockLanes dn{x.dn, ld_v}, enter = backwards ? dn : v, read = backwards ? v : dn;
         ScanBlock block{};
@@ -112,6 +118,7 @@ class CausalBackward : BackwardWork {
         block.y_step = ld_v;
         block.backwards = backwards;
         block.whole = x.rows.fading.whole;
+        block.ahead = &ahead;
         if (lanes) {
             block.y = x.dv;
             block.pairs = x.rows.pairs;
@@ -122,6 +129,7 @@ class CausalBackward : BackwardWork {
             block.r = x.r;
         }
         scan(whole_state(x.state), block);
+        ahead.ask_rest();
         if (!rows) return;
         turn_back(x.r, x.df);
         inner_products(enter.at, enter.step, x.turned, layout_.Dv, x.products);
@@ -136,6 +144,16 @@ class CausalBackward : BackwardWork {
             fade_pairs<factor == Factor::kScalar, kStrict<factor>, backwards>(n, fading.logs, x.products);
             add_pairs<backwards>(x.products, features, ld_f, x.df);
         }
+    }
+
+    // What a block from token t on packs.
+    RowsAhead ahead_of(const LinearHead& head, int64_t t, bool with_values) const {
+        RowsAhead ahead;
+        ahead.add(keys(head), t, p_.D());
+        ahead.add(queries(head), t, p_.D());
+        if (with_values) ahead.add(values(head), t, p_.Dv());
+        ahead.add(source_of(g_.dout, head.b, head.h), t, p_.Dv());
+        return ahead;
     }
 
     // Returns the end of the states it kept: that before the first token, and those after which ddecay starts again.
@@ -157,14 +175,14 @@ class CausalBackward : BackwardWork {
         if (ddecay_) keep_state();
         for (int64_t block = 0; block < blocks(head); ++block) {
             const int64_t t0 = start(head, block), n = start(head, block + 1) - t0;
-            pack_features(head, k, false, t0, n, 1, rows.k, x.other, x.wide);
-            pack_features(head, q, false, t0, n, 1, rows.q, x.inverse, x.wide);
-            const BlockLanes lanes = pack_values(head, v, false, t0, n, 1, x.v);
-            pack_dout(head, t0, n, 1, x.dn, x.weight);
+            pack_features(head, k, false, t0, n, 0, rows.k, x.other, x.wide);
+            pack_features(head, q, false, t0, n, 0, rows.q, x.inverse, x.wide);
+            const BlockLanes lanes = pack_values(head, v, false, t0, n, 0, x.v);
+            pack_dout(head, t0, n, 0, x.dn, x.weight);
             if (factor != Factor::kNone) pack_fading(head, t0, n, rows.fading);
             pair_up<factor, false>(n, false, true, rows);
             float owns[kBlock];
-            scan_block<factor, false>(n, lanes, x, true, false, owns);
+            scan_block<factor, false>(n, lanes, x, true, false, ahead_of(head, t0 + kBlock, true), owns);
             if (p_.normalize) {
                 walk_sum<factor, strict, false>(
                     n, rows.k, nullptr, rows.fading, x.z,
@@ -212,10 +230,10 @@ class CausalBackward : BackwardWork {
         int64_t exact = head.last;  // token where ddecay started again
         for (int64_t block = blocks(head) - 1; block >= 0; --block) {
             const int64_t t0 = start(head, block), n = start(head, block + 1) - t0;
-            pack_features(head, k, false, t0, n, -1, rows.k, x.inverse, x.wide);
-            pack_features(head, q, false, t0, n, -1, rows.q, x.other, x.wide);
-            const BlockLanes lanes = passes.k ? pack_values(head, v, false, t0, n, -1, x.v) : BlockLanes{};
-            pack_dout(head, t0, n, -1, x.dn, x.weight);
+            pack_features(head, k, false, t0, n, 0, rows.k, x.inverse, x.wide);
+            pack_features(head, q, false, t0, n, 0, rows.q, x.other, x.wide);
+            const BlockLanes lanes = passes.k ? pack_values(head, v, false, t0, n, 0, x.v) : BlockLanes{};
+            pack_dout(head, t0, n, 0, x.dn, x.weight);
             if (factor != Factor::kNone) pack_fading(head, t0, n, rows.fading);
             pair_up<factor, true>(n, true, passes.v, rows);
             if (passes.k && ddecay_ && restarts(head, block)) {
@@ -223,7 +241,7 @@ class CausalBackward : BackwardWork {
                 exact = t0 + n;
             }
             float owns[kBlock];
-            scan_block<factor, true>(n, lanes, x, passes.k, passes.v, owns);
+            scan_block<factor, true>(n, lanes, x, passes.k, passes.v, ahead_of(head, t0 - kBlock, passes.k), owns);
             if (passes.k && p_.normalize) {
                 walk_sum<factor, strict, true>(n, rows.q, x.dsum + t0 - head.first, rows.fading, x.z,
                                                [&](int64_t t, int64_t c, Vec now) {
@@ -318,6 +336,23 @@ class CausalBackward : BackwardWork {
         for (int64_t c = 0; c < (vector ? layout_.F : 1); ++c) row(t)[c] = static_cast<float>(x.ddecay[c]);
     }
 
+    void settle_gate(const LinearHead& head, float* memory) const {
+        const Source q = queries(head), k = keys(head), v = values(head);
+        const double total = gate_.of(head, memory, [&](int64_t t0, int64_t n, const GateTotal::Rows& rows) {
+            pack_features(head, k, false, t0, n, 0, rows.k, rows.inverse, rows.wide);
+            pack_features(head, q, false, t0, n, 0, rows.q[0], rows.inverse, rows.wide);
+            pack_dout(head, t0, n, 0, rows.dn[0], rows.weight);
+            for (int64_t t = 0; t < n; ++t) {
+                load_row(v, t0 + t, layout_.Dv, layout_.ld_v, rows.v + t * layout_.ld_v);
+                if (p_.normalize) rows.den[t] = denominator(head, t0 + t);
+            }
+            zero(rows.v + n * layout_.ld_v, (kBlock - n) * layout_.ld_v);
+            return 1;
+        });
+        ddecay_.add_up_to(head.b, head.h, 1, head.first, head.last, total);
+    }
+
+    const GateTotal gate_;
     const Passes wanted_;
 };
 

@@ -66,6 +66,24 @@ class HeadGradient {
         each([&](float* at, double entered) { *at = static_cast<float>(static_cast<double>(*at) - share * entered); });
     }
 
+    // Rows [first, last) of slice h whose sum, over slices [h, h + count), is to be `total`: each row gives back its
+    // share of what it is off.
+    void add_up_to(int64_t b, int64_t h, int64_t count, int64_t first, int64_t last, double total) const {
+        const auto at = [&](int64_t slice, int64_t t) { return reinterpret_cast<float*>(slices_.row(b, slice, t)); };
+        double sum = 0, size = 0;
+        for (int64_t slice = h; slice < h + count; ++slice) {
+            for (int64_t t = first; t < last; ++t) {
+                sum += static_cast<double>(*at(slice, t));
+                if (slice == h) size += std::fabs(static_cast<double>(*at(slice, t)));
+            }
+        }
+        const double share = (total - sum) / size;
+        for (int64_t t = first; t < last && std::isfinite(share); ++t) {
+            const double value = static_cast<double>(*at(h, t));
+            *at(h, t) = static_cast<float>(value + share * std::fabs(value));
+        }
+    }
+
    private:
     static constexpr int64_t kRowsOfTask = 64;
     bool shared(int64_t heads) const { return target_.data && target_.size[1] != heads; }
@@ -78,7 +96,7 @@ class HeadGradient {
 class BackwardWork : protected LinearWork {
    protected:
     BackwardWork(const LinearParams& p, const LinearGradients& g)
-        : LinearWork(p),
+        : LinearWork(p, &g),
           g_(g),
           dq_(g.dq, p.H()),
           dk_(g.dk, p.H()),
@@ -127,7 +145,7 @@ class BackwardWork : protected LinearWork {
         for (int64_t t = 0; t < n; ++t) {
             weight[t] = static_cast<float>(p_.scale);
             if (p_.normalize) weight[t] /= std::fabs(denominator(head, t0 + t));
-            ask_for(dout, t0 + t + sense * kBlock, Dv);
+            if (sense) ask_for(dout, t0 + t + sense * kBlock, Dv);
             with_row(dout, t0 + t, Dv, [&](int64_t c, Vec a) { vstore(out + t * ld + c, vmul(a, vset(weight[t]))); });
         }
         zero(out + n * ld, (kBlock - n) * ld);

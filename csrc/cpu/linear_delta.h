@@ -230,8 +230,8 @@ inline void delta_pass(int64_t count, float* x, const DeltaRows& old, const Delt
 // What forward and backward have in common: tiles of kDeltaLanes columns of v, groups in a ring.
 class DeltaWork : protected LinearWork {
    public:
-    explicit DeltaWork(const LinearParams& p)
-        : LinearWork(p), tiles_(ceil_div(p.Dv(), kDeltaLanes)), width_(tiles_ * kDeltaLanes) {}
+    explicit DeltaWork(const LinearParams& p, const LinearGradients* g = nullptr)
+        : LinearWork(p, g), tiles_(ceil_div(p.Dv(), kDeltaLanes)), width_(tiles_ * kDeltaLanes) {}
 
    protected:
     struct Buffers {

@@ -14,7 +14,7 @@ namespace {
 class DeltaBackward : DeltaWork {
    public:
     DeltaBackward(const LinearParams& p, const LinearGradients& g)
-        : DeltaWork(p),
+        : DeltaWork(p, &g),
           g_(g),
           du_(p.B() * p.H() * p.Lk() * p.Dv() * 4),
           marks_(p.B() * p.H() * (p.Lk() / kLinearMark) * p.D() * p.Dv() * 4),
@@ -63,10 +63,10 @@ class DeltaBackward : DeltaWork {
         for (int j = 0; j < group.size; ++j, rows += width_) {
             const int64_t t = group.token(j);
             char* du = reinterpret_cast<char*>(du_.as<float>() + (slice(head) * p_.Lk() + head.first + t) * p_.Dv());
-            store_row(du, DType::kFloat32, 1, rows, from, to, 1);
+            store_row(du, DType::kFloat32, 1, rows, from, to, 1, false);
             if (!dv_) continue;
-            store_row(dv.row(head.b, head.h, head.first + t), dv.dtype, dv.last_stride(), rows, from, to,
-                      beta(head, t));
+            store_row(dv.row(head.b, head.h, head.first + t), dv.dtype, dv.last_stride(), rows, from, to, beta(head, t),
+                      past_caches_);
         }
     }
 

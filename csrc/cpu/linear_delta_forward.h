@@ -43,7 +43,7 @@ class DeltaForward : DeltaWork {
         for (int j = 0; j < group.size; ++j) {
             store_row(p_.out.row(head.b, head.h, head.first + group.token(j)), p_.out.dtype, p_.out.last_stride(),
                       rows + j * width_, first * kDeltaLanes, least(last * kDeltaLanes, p_.Dv()),
-                      static_cast<float>(p_.scale));
+                      static_cast<float>(p_.scale), past_caches_);
         }
     }
 

@@ -1,7 +1,9 @@
 // The backward delta rule, second half: gradients of q, k and the decay, with channels of k as lanes. A task walks its
-// tiles of a head on in time, keeping a and b, then back in time.
+// tiles of a head from the last stretch between kept states to the first, each on in time, keeping a and b, then back:
+// what it keeps stays in a second-level cache.
 #pragma once
 #include "linear_backward_task.h"
+#include "linear_delta_gate.h"
 #include "linear_delta_scan.h"
 
 namespace fastattn {
@@ -16,7 +18,7 @@ class DeltaKeys : DeltaWork {
    public:
     // `du` [B, H, L, Dv] and `marks` [B, H, L / kLinearMark, D, Dv] of the first half.
     DeltaKeys(const LinearParams& p, const LinearGradients& g, const float* du, const float* marks)
-        : DeltaWork(p),
+        : DeltaWork(p, &g),
           g_(g),
           du_(du),
           marks_(marks),
@@ -36,6 +38,7 @@ class DeltaKeys : DeltaWork {
             const int64_t first = task % panels_ * kDeltaPanel, last = least(first + kDeltaPanel, k_tiles_);
             p_.decay ? differentiate<true>(head, x, first, last) : differentiate<false>(head, x, first, last);
         });
+        DeltaGateTotal(p_, g_, du_).settle(ddecay_, k_tiles_);
         for (const HeadGradient* gradient : {&dq_, &dk_, &ddecay_}) gradient->sum_heads(threads());
     }
 
@@ -45,25 +48,26 @@ class DeltaKeys : DeltaWork {
     struct Buffers {
         float *r, *dout, *du;             // rows of Dv floats, those of a block
         float *q, *k, *dq, *dk, *ddecay;  // the same, of the lanes of the panel
-        float *state, *sums, *ends, *a, *b, *own;
+        float *state, *dstate, *sums, *ends, *a, *b, *own;
         DeltaCarry* carry;
         int32_t* start;
     };
     Buffers place(Arena& arena) const {
-        const int64_t L = p_.Lk(), ends = ddecay_ ? ceil_div(L, kDeltaRestart) : 0;
+        const int64_t tokens = least(p_.Lk(), kLinearMark + kGroup), ends = ddecay_ ? tokens / kDeltaRestart + 2 : 0;
         Buffers x;
         for (float** rows : {&x.r, &x.dout, &x.du}) *rows = arena.floats(kDeltaBlock * kGroup * p_.Dv() + W);
         for (float** rows : {&x.q, &x.k, &x.dq, &x.dk, &x.ddecay}) {
             *rows = arena.floats(kDeltaBlock * kGroup * kPanelLanes);
         }
         x.state = arena.floats(kPanelLanes * p_.Dv());
+        x.dstate = arena.floats(kPanelLanes * p_.Dv());
         x.sums = arena.floats(most(kDeltaRow, 2 * kPanelLanes));
         x.ends = arena.floats(ends * kPanelLanes * p_.Dv());
         x.carry = reinterpret_cast<DeltaCarry*>(arena.floats(3 * kPanelLanes));
-        x.a = arena.floats(L * kPanelLanes);
-        x.b = arena.floats(L * kPanelLanes);
-        x.own = arena.floats(L);
-        x.start = reinterpret_cast<int32_t*>(arena.floats(L + 1));
+        x.a = arena.floats(tokens * kPanelLanes);
+        x.b = arena.floats(tokens * kPanelLanes);
+        x.own = arena.floats(tokens);
+        x.start = reinterpret_cast<int32_t*>(arena.floats(p_.Lk() + 1));
         return x;
     }
 
@@ -73,6 +77,7 @@ class DeltaKeys : DeltaWork {
         DeltaWalk walk;
         const Source q, k, dout;
         const Buffers& x;
+        int64_t origin;  // first token of the stretch
     };
 
     template <bool fades>
@@ -84,22 +89,31 @@ class DeltaKeys : DeltaWork {
                   from(queries(head), head.first),
                   from(keys(head), head.first),
                   from(source_of(g_.dout, head.b, head.h), head.first),
-                  x};
+                  x,
+                  0};
         const int64_t state = (head.n * p_.Hs() + head.hs) * p_.D() * p_.Dv();
-        load_transposed(p_.kv ? p_.kv + state : nullptr, first, last, x.state);
-        walk<fades, false>(pass, first, last);
-        load_transposed(head.leads && g_.dkv ? g_.dkv + state : nullptr, first, last, x.state);
-        pass.walk.backward = true;
-        walk<fades, true>(pass, first, last);
+        load_transposed(head.leads && g_.dkv ? g_.dkv + state : nullptr, first, last, x.dstate);
+        const int64_t count = pass.walk.count;
+        for (int64_t end = count, from; end > 0; end = from) {
+            for (from = end - 1; from > 0 && mark_before(head, pass.walk, from) < 0;) --from;
+            if (from == 0) load_transposed(p_.kv ? p_.kv + state : nullptr, first, last, x.state);
+            pass.origin = x.start[from];
+            pass.walk.backward = false;
+            walk<fades, false>(pass, from, end, first, last);
+            pass.walk.backward = true;
+            walk<fades, true>(pass, count - end, count - from, first, last);
+        }
     }
 
+    // Groups [from, to) of the walk, tiles [first, last).
     template <bool fades, bool backward>
-    void walk(const Pass& pass, int64_t first, int64_t last) const {
+    void walk(const Pass& pass, int64_t from, int64_t to, int64_t first, int64_t last) const {
         DeltaTerms terms[kDeltaBlock];
         DeltaFade fades_of[kDeltaBlock];
         reset(pass.x.carry, kPanelLanes / W);
-        for (int64_t n0 = 0; n0 < pass.walk.count; n0 += kDeltaBlock) {
-            const int64_t n1 = least(n0 + kDeltaBlock, pass.walk.count);
+        // Rows of Dv floats are stored by whole vectors, so the slots of a block are filled in order.
+        for (int64_t n0 = from, n1; n0 < to; n0 = n1) {
+            n1 = least(round_up(n0 + 1, kDeltaBlock), to);
             for (int64_t n = n0; n < n1; ++n) {
                 terms[n - n0] = load_terms(pass, n);
                 load_panel(pass.k, pass.walk.group(n), first, panel_rows(pass.x.k, n));
@@ -144,7 +158,7 @@ class DeltaKeys : DeltaWork {
         for (int j = 0; j < group.size; ++j) {
             char* row = t.row(pass.head.b, pass.head.h, pass.head.first + group.token(j));
             store_row(row, t.dtype, t.last_stride(), panel_rows(rows, n) + j * kPanelLanes - c, c,
-                      least(c + kPanelLanes, p_.D()), factor);
+                      least(c + kPanelLanes, p_.D()), factor, past_caches_);
         }
     }
 
@@ -156,7 +170,7 @@ class DeltaKeys : DeltaWork {
         const int64_t marks = p_.Lk() / kLinearMark;
         load_transposed(
             backward ? marks_ + (slice(pass.head) * marks + mark) * p_.D() * p_.Dv() : kept_state(pass.head, mark),
-            tile, tile + 1, state(pass.x, at));
+            tile, tile + 1, state(pass, at));
         FASTATTN_UNROLL for (int v = 0; v < kDeltaVecs; ++v) fade.of[v].factor = vset(1.0f);
     }
 
@@ -183,9 +197,6 @@ class DeltaKeys : DeltaWork {
             const int64_t t = group.token(j) + group.step * kDeltaBlock * kGroup;
             ask_for(rows_of(r), t, Dv);
             ask_for(rows_of(du), t, Dv);
-            if (!pass.walk.backward) continue;
-            ask_for({reinterpret_cast<const char*>(pass.x.a), DType::kFloat32, kPanelLanes, 1}, t, kPanelLanes);
-            ask_for({reinterpret_cast<const char*>(pass.x.b), DType::kFloat32, kPanelLanes, 1}, t, kPanelLanes);
         }
         if (group.size == kGroup) {
             terms.r = r + group.first * Dv;
@@ -220,18 +231,24 @@ class DeltaKeys : DeltaWork {
                 sum = vfma(vload_n(terms.r + j * terms.step + c, lanes),
                            vload_n(terms.dout + j * terms.step + c, lanes), sum);
             });
-            pass.x.own[group.token(j)] = beta(pass.head, group.token(j)) * vsum(sum);
+            own(pass, group.token(j)) = beta(pass.head, group.token(j)) * vsum(sum);
         }
     }
 
-    float* kept(float* x, int64_t t, int64_t at) const { return x + t * kPanelLanes + at * kDeltaLanes; }
-    float* state(const Buffers& x, int64_t at) const { return x.state + at * p_.Dv() * kDeltaLanes; }
+    static float* kept(const Pass& pass, float* x, int64_t t, int64_t at) {
+        return x + (t - pass.origin) * kPanelLanes + at * kDeltaLanes;
+    }
+    static float& own(const Pass& pass, int64_t t) { return pass.x.own[t - pass.origin]; }
+    float* state(const Pass& pass, int64_t at) const {
+        return (pass.walk.backward ? pass.x.dstate : pass.x.state) + at * p_.Dv() * kDeltaLanes;
+    }
     // The running sum starts again at the last token of the last group, counted on in time, of kDeltaRestart tokens.
     static bool restarts(const DeltaWalk& walk, int64_t i) {
         return i + 1 == walk.count || walk.start[i + 1] / kDeltaRestart > walk.start[i] / kDeltaRestart;
     }
     float* end(const Pass& pass, int64_t i, int64_t at) const {
-        return pass.x.ends + (pass.walk.start[i] / kDeltaRestart * kDeltaPanel + at) * p_.Dv() * kDeltaLanes;
+        const int64_t slot = pass.walk.start[i] / kDeltaRestart - pass.origin / kDeltaRestart;
+        return pass.x.ends + (slot * kDeltaPanel + at) * p_.Dv() * kDeltaLanes;
     }
 
     template <bool fades>
@@ -245,12 +262,12 @@ class DeltaKeys : DeltaWork {
                 if (fades) key[j][v] = vmul(key[j][v], fade.of[v].inverse[j]);
             }
         }
-        if (ddecay_ && restarts(pass.walk, n)) keep(terms, group.size, fade, key, state(pass.x, at), end(pass, n, at));
-        delta_scan<fades, false>(p_.Dv(), state(pass.x, at), terms, fade, key, key, a, b);
+        if (ddecay_ && restarts(pass.walk, n)) keep(terms, group.size, fade, key, state(pass, at), end(pass, n, at));
+        delta_scan<fades, false>(p_.Dv(), state(pass, at), terms, fade, key, key, a, b);
         for (int j = 0; j < group.size; ++j) {
             FASTATTN_UNROLL for (int v = 0; v < kDeltaVecs; ++v) {
-                vstore(kept(pass.x.a, group.token(j), at) + v * W, a[j][v]);
-                vstore(kept(pass.x.b, group.token(j), at) + v * W, b[j][v]);
+                vstore(kept(pass, pass.x.a, group.token(j), at) + v * W, a[j][v]);
+                vstore(kept(pass, pass.x.b, group.token(j), at) + v * W, b[j][v]);
             }
         }
     }
@@ -285,15 +302,16 @@ class DeltaKeys : DeltaWork {
                 key[j][v] = vmul(minus, fades ? vmul(k[j][v], fade.of[v].inverse[j]) : k[j][v]);
             }
         }
-        delta_scan<fades, true>(p_.Dv(), state(pass.x, at), terms, fade, query, key, e, none);
+        delta_scan<fades, true>(p_.Dv(), state(pass, at), terms, fade, query, key, e, none);
         for (int j = 0; j < group.size; ++j) {
             const int64_t t = group.token(j);
-            const Vec own = vset(pass.x.own[t]), factor = vset(beta(pass.head, t));
+            const Vec own_t = vset(own(pass, t)), factor = vset(beta(pass.head, t));
             Vec total = vzero(), left_out = vzero();
             FASTATTN_UNROLL for (int v = 0; v < kDeltaVecs; ++v) {
-                const Vec a = vload(kept(pass.x.a, t, at) + v * W), b = vload(kept(pass.x.b, t, at) + v * W);
-                vstore(panel_lanes(pass.x.dq, n, at, j, v), vfma(own, k[j][v], a));
-                vstore(panel_lanes(pass.x.dk, n, at, j, v), vfma(own, q[j][v], vmul(factor, vsub(e[j][v], b))));
+                const Vec a = vload(kept(pass, pass.x.a, t, at) + v * W),
+                          b = vload(kept(pass, pass.x.b, t, at) + v * W);
+                vstore(panel_lanes(pass.x.dq, n, at, j, v), vfma(own_t, k[j][v], a));
+                vstore(panel_lanes(pass.x.dk, n, at, j, v), vfma(own_t, q[j][v], vmul(factor, vsub(e[j][v], b))));
                 if (!ddecay_) continue;
                 const Vec seen = restarted && j == 0 ? b : vadd(e[j][v], b);
                 left_out = vfma(vmul(factor, k[j][v]), e[j][v], left_out);
@@ -340,7 +358,7 @@ class DeltaKeys : DeltaWork {
     // <S', dS*> of each lane at the last token of group i, to which dS* is what comes from later ones. Returns what the
     // running sum, over all lanes, was larger.
     float restart(const Pass& pass, const LaneFade& fade, int64_t i, int64_t at) const {
-        const float *s = end(pass, i, at), *ds = state(pass.x, at);
+        const float *s = end(pass, i, at), *ds = state(pass, at);
         Vec larger = vzero();
         FASTATTN_UNROLL for (int v = 0; v < kDeltaVecs; ++v) {
             Vec sum = vzero();

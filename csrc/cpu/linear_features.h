@@ -80,11 +80,16 @@ FASTATTN_INLINE void load_row(const Source& x, int64_t r, int64_t cols, int64_t 
     for (int64_t c = round_up(cols, W); c < ld; c += W) vstore(out + c, vzero());
 }
 
-// Columns [first, last) of a row of floats to user memory, times `factor`.
+// Columns [first, last) of a row of floats to user memory, times `factor`; past the caches where that is asked for and
+// can be.
 FASTATTN_INLINE void store_row(char* out, DType dtype, int64_t stride, const float* row, int64_t first, int64_t last,
-                               float factor) {
+                               float factor, bool past_caches) {
     const Vec weight = vset(factor);
     int64_t c = first;
+    float* floats = reinterpret_cast<float*>(out);
+    if (past_caches && stride == 1 && dtype == DType::kFloat32 && reinterpret_cast<uintptr_t>(floats + c) % 64 == 0) {
+        for (; c + W <= last; c += W) vstream(floats + c, vmul(vload(row + c), weight));
+    }
     if (stride == 1) {
         with_storer(dtype, [&](auto store) {
             for (; c + W <= last; c += W) store(out, c, vmul(vload(row + c), weight));

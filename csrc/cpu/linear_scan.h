@@ -77,6 +77,39 @@ struct BlockLanes {
     int64_t step;
 };
 
+// The rows of a block that comes later, a cache line of each at a time, to be asked for during a scan: asked for all at
+// once they would wait for each other, and the processor for them.
+class RowsAhead {
+   public:
+    struct Column {
+        const char* first;
+        int64_t step;
+    };
+    // Rows [t, t + kBlock), some of which may lie outside the tensor, where no pointer may point.
+    void add(const Source& x, int64_t t, int64_t cols) {
+        const int64_t size = element_size(x.dtype);
+        const uintptr_t first = reinterpret_cast<uintptr_t>(x.data) + static_cast<uintptr_t>(t * x.row * size);
+        for (int64_t c = 0; c < cols * size && count_ < kMost; c += 64) {
+            columns_[count_++] = {reinterpret_cast<const char*>(first + static_cast<uintptr_t>(c)), x.row * size};
+        }
+    }
+    bool any() const { return asked_ < count_; }
+    Column next() { return columns_[asked_++]; }
+    void ask_rest() {
+        for (; any(); ++asked_) {
+            uintptr_t at = reinterpret_cast<uintptr_t>(columns_[asked_].first);
+            for (int t = 0; t < kBlock; ++t, at += static_cast<uintptr_t>(columns_[asked_].step)) {
+                __builtin_prefetch(reinterpret_cast<const char*>(at), 0, 2);
+            }
+        }
+    }
+
+   private:
+    static constexpr int kMost = 64;
+    Column columns_[kMost];
+    int count_ = 0, asked_ = 0;
+};
+
 // A block of tokens and X. What is null is not done. Past its last token a block is padded with zeros.
 struct ScanBlock {
     const float *a, *c;  // [rows][kBlock]
@@ -88,6 +121,7 @@ struct ScanBlock {
     const float* d;      // [lanes][kBlock]
     float* r;            // [rows][kBlock], X d
     const float* whole;  // [rows], what a block leaves of X; null is 1
+    RowsAhead* ahead;    // asked for while X is updated
 };
 
 // y_t += sum of pairs[j][t] b_j over j <= t, or (`backwards`) over j >= t, for the tokens of a tile from t0 on.
@@ -162,7 +196,11 @@ FASTATTN_INLINE void update_rows(const ScanBlock& s, int64_t row, float* x, int6
         FASTATTN_UNROLL for (int n = 0; n < vecs; ++n) sums[r][n] = vzero();
     }
     const float *a = s.a + row * kBlock, *b = s.b.at + lane;
-    FASTATTN_UNROLL for (int t = 0; t < kBlock; ++t, b += s.b.step) {
+    RowsAhead::Column ahead{reinterpret_cast<const char*>(a), 0};  // a line at hand, for want of another
+    if (s.ahead && s.ahead->any()) ahead = s.ahead->next();
+    uintptr_t asked = reinterpret_cast<uintptr_t>(ahead.first);
+    FASTATTN_UNROLL for (int t = 0; t < kBlock; ++t, b += s.b.step, asked += static_cast<uintptr_t>(ahead.step)) {
+        __builtin_prefetch(reinterpret_cast<const char*>(asked), 0, 2);
         Vec value[vecs];
         FASTATTN_UNROLL for (int n = 0; n < vecs; ++n) value[n] = vload(b + n * W);
         FASTATTN_UNROLL for (int r = 0; r < count; ++r) {

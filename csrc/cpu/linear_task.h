@@ -5,6 +5,7 @@
 #endif
 
 #include <cstring>
+#include <initializer_list>
 
 #include "fastattn/parallel.h"
 #include "linear_features.h"
@@ -68,7 +69,12 @@ class Arena {
 // Common to forward and backward: heads, and the packing of their rows.
 class LinearWork {
    public:
-    explicit LinearWork(const LinearParams& p) : p_(p), layout_(p), features_(p) {}
+    explicit LinearWork(const LinearParams& p, const LinearGradients* g = nullptr)
+        : p_(p),
+          layout_(p),
+          features_(p),
+          past_caches_(bytes({&p.q, &p.k, &p.v, &p.out}) + (g ? bytes({&g->dout, &g->dq, &g->dk, &g->dv}) : 0) >
+                       kCaches) {}
 
    protected:
     LinearHead head_of(int64_t index) const {
@@ -109,21 +115,23 @@ class LinearWork {
 
     // Columns [first, last) of rows [t0, t0 + n) of a head of x, from rows of `ld` floats times `weights`, 1 where
     // null.
-    static void store_rows(const TensorView& x, int64_t b, int64_t h, int64_t t0, int64_t n, int64_t sense,
-                           const float* rows, int64_t ld, int64_t first, int64_t last, const float* weights) {
+    void store_rows(const TensorView& x, int64_t b, int64_t h, int64_t t0, int64_t n, int64_t sense, const float* rows,
+                    int64_t ld, int64_t first, int64_t last, const float* weights) const {
         for (int64_t t = 0; t < n; ++t) {
-            ask_to_write(x, b, h, t0 + t + sense * kBlock);
+            if (!past_caches_) ask_to_write(x, b, h, t0 + t + sense * kBlock);
             store_row(x.row(b, h, t0 + t), x.dtype, x.last_stride(), rows + t * ld, first, last,
-                      weights ? weights[t] : 1.0f);
+                      weights ? weights[t] : 1.0f, past_caches_);
         }
     }
 
     // Rows [t0, t0 + n) of phi(x), and zero rows up to kBlock. Blocks follow each other in the sense 1, forward in
-    // time, or -1. `inverse`: of taylor1 alone; `wide`: round_up(D, W) floats.
+    // time, or -1; 0: no row is asked for. `inverse`: of taylor1 alone; `wide`: round_up(D, W) floats.
     void pack_features(const LinearHead& head, const Source& x, bool masked, int64_t t0, int64_t n, int64_t sense,
                        float* out, float* inverse, float* wide) const {
         const int64_t ld = layout_.ld_f;
-        const auto ahead = [&](int64_t t) { ask_for(x, t + sense * kBlock, p_.D()); };
+        const auto ahead = [&](int64_t t) {
+            if (sense) ask_for(x, t + sense * kBlock, p_.D());
+        };
         masked = masked && p_.key_mask;
         const bool at_once = !masked && features_.elementwise();
         if (at_once) features_.map_rows(x, t0, n, ld, out, ahead);
@@ -144,7 +152,7 @@ class LinearWork {
         const int64_t ld = layout_.ld_v;
         const bool fits = x.dtype == DType::kFloat32 && x.col == 1 && ld == layout_.Dv && n == kBlock && !masked;
         for (int64_t t = 0; t < n; ++t) {
-            ask_for(x, t0 + t + sense * kBlock, p_.Dv());
+            if (sense) ask_for(x, t0 + t + sense * kBlock, p_.Dv());
             if (fits) continue;
             if (masked && !takes_part(head, t0 + t)) {
                 zero(out + t * ld, ld);
@@ -351,12 +359,26 @@ class LinearWork {
             const FlushSubnormals mode;
             float* mine = memory.as<float>() + members.fetch_add(1) * floats;
             for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(task, mine);
+            vstream_end();
         });
     }
+
+    static int64_t bytes(std::initializer_list<const TensorView*> tensors) {
+        int64_t sum = 0;
+        for (const TensorView* t : tensors) {
+            if (*t) sum += t->size[0] * t->size[1] * t->size[2] * t->size[3] * element_size(t->dtype);
+        }
+        return sum;
+    }
+
+    // What caches keep of a call, about. Of one that moves more, results written last are read from memory anyway, and
+    // written to it directly they push out nothing and are not read first.
+    static constexpr int64_t kCaches = int64_t{32} << 20;
 
     const LinearParams& p_;
     const Layout layout_;
     const Features features_;
+    const bool past_caches_;
 };
 
 }  // namespace

@@ -23,7 +23,7 @@ from ..params import (
 _C, _missing = libraries.native()
 
 MAX_HEAD_DIM = 512
-TOKENS_PER_KEPT_STATE = 4096  # kLinearMark
+TOKENS_PER_KEPT_STATE = 1024  # kLinearMark
 MAX_LINEAR_HEAD_DIM = 256
 MAX_SQUARED_HEAD_DIM = 64  # of taylor2, whose features are D^2
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -17,6 +17,9 @@ inline Vec vzero() { return _mm256_setzero_ps(); }
 inline Vec vset(float x) { return _mm256_set1_ps(x); }
 inline Vec vload(const void* p) { return _mm256_loadu_ps(static_cast<const float*>(p)); }
 inline void vstore(void* p, Vec a) { _mm256_storeu_ps(static_cast<float*>(p), a); }
+// Past the caches, to an aligned address. The thread's vstream_end comes before what tells others that it is done.
+inline void vstream(void* p, Vec a) { _mm256_stream_ps(static_cast<float*>(p), a); }
+inline void vstream_end() { _mm_sfence(); }
 inline __m256i lanes(int n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }

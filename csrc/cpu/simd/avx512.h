@@ -17,6 +17,9 @@ inline Vec vzero() { return _mm512_setzero_ps(); }
 inline Vec vset(float x) { return _mm512_set1_ps(x); }
 inline Vec vload(const void* p) { return _mm512_loadu_ps(p); }
 inline void vstore(void* p, Vec a) { _mm512_storeu_ps(p, a); }
+// Past the caches, to an aligned address. The thread's vstream_end comes before what tells others that it is done.
+inline void vstream(void* p, Vec a) { _mm512_stream_ps(static_cast<float*>(p), a); }
+inline void vstream_end() { _mm_sfence(); }
 inline __mmask16 lanes(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 inline Vec vload_n(const void* p, int n) { return _mm512_maskz_loadu_ps(lanes(n), p); }
 inline void vstore_n(void* p, Vec a, int n) { _mm512_mask_storeu_ps(p, lanes(n), a); }

@@ -19,6 +19,9 @@ inline Vec vload(const void* p) {
     return a;
 }
 inline void vstore(void* p, Vec a) { std::memcpy(p, &a, sizeof a); }
+// Past the caches, to an aligned address. The thread's vstream_end comes before what tells others that it is done.
+inline void vstream(void* p, Vec a) { vstore(p, a); }
+inline void vstream_end() {}
 inline Vec vload_n(const void* p, int n) {
     Vec a = vzero();
     std::memcpy(&a, p, static_cast<size_t>(n) * 4);

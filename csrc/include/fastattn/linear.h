@@ -10,7 +10,7 @@ enum class FeatureMap : int { kIdentity = 0, kRelu = 1, kElu1 = 2, kTaylor1 = 3,
 constexpr float kLinearEps = 1e-6f;           // smallest denominator of the normaliser
 constexpr int64_t kLinearLargestHead = 256;   // D and Dv
 constexpr int64_t kLinearLargestSquare = 64;  // D of taylor2, whose features are its square
-constexpr int64_t kLinearMark = 4096;         // tokens after which the delta rule keeps its state
+constexpr int64_t kLinearMark = 1024;         // tokens after which the delta rule keeps its state
 
 // H = max(Hq, Hk, Hv) heads of out, Hs = max(Hk, Hv) heads of state; F features. float tensors without strides are
 // contiguous.
