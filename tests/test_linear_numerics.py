@@ -92,9 +92,9 @@ def test_constant_gates(values, backend):
 
 @fast_backends
 @pytest.mark.parametrize("through", ["out", "kv"])
-@pytest.mark.parametrize("gate", [-0.5, -2.0, -5.0])
+@pytest.mark.parametrize("gate", [-0.01, -0.5, -2.0, -5.0])
 @pytest.mark.parametrize("options", [{"feature_map": "identity"}, {}, DELTA], ids=("identity", "elu1", "delta"))
-def test_the_promise_for_a_fast_constant_gate(options, gate, through, backend):
+def test_the_promise_for_a_constant_gate(options, gate, through, backend):
     """Its gradient sums what every token leaves: an error that tokens share counts once for each."""
     case = LinearCase(B=1, Hq=48, Hk=48, Hv=48, L=128, D=32, Dv=32, decay="h", **options)
     inputs = make(case, FP32)
@@ -104,6 +104,17 @@ def test_the_promise_for_a_fast_constant_gate(options, gate, through, backend):
     plain = attend(inputs, "reference", **case.options()).ddecay
     found = attend(inputs, backend, **case.options()).ddecay
     assert rms_ratio(found, golden) <= RMS[FP32] and rms_ratio(found, golden) <= 3 * rms_ratio(plain, golden)
+
+
+@pytest.mark.parametrize("gate", [0.0, -1e-5, -1e-3])
+def test_a_slow_constant_gate_over_many_tokens(gate):
+    """Against the sum of what each token's gate would have."""
+    case = LinearCase(B=1, Hq=8, Hk=8, Hv=8, L=65536, D=16, Dv=16, decay="h", feature_map="identity")
+    inputs = make(case, FP32)
+    inputs = inputs._replace(decay=torch.full_like(inputs.decay, gate))
+    each = inputs._replace(decay=inputs.decay[None, :, None].expand(1, 8, case.L).contiguous())
+    found, apart = (attend(x, "native", **case.options()).ddecay for x in (inputs, each))
+    assert rms_ratio(found, apart.double().sum((0, 2))) <= 1e-6
 
 
 @pytest.mark.parametrize("options", [{"feature_map": "identity"}, {}, DELTA], ids=("identity", "elu1", "delta"))

@@ -51,7 +51,7 @@ class CausalBackward : BackwardWork {
             } else {
                 differentiate<Factor::kScalar>(head, passes, x);
             }
-            if (passes.k && gate_.wanted()) settle_gate(head, memory + own);
+            if (passes.k && gate_.wanted(head)) settle_gate(head, memory + own);
         });
         sum_heads(threads);
     }

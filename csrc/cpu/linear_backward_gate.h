@@ -1,6 +1,7 @@
-// The gradient of a gate that all tokens share. As a sum over them of <e^g S_{t-1}, dS_t>, each from a running sum of
-// differences, it holds a rounding error once for every token that sees it. Here it is summed without differences. Of
-// a query i and a key j before it the gradient has (i - j) times their share of out, so with
+// The gradient of a fast gate that all tokens share. As a sum over them of <e^g S_{t-1}, dS_t>, each from a running sum
+// of differences, it holds a rounding error once for every token that sees it; and a fast gate leaves little beside
+// these. Here it is summed by pairs. Of a query i and a key j before it the gradient has (i - j) times their share of
+// out, so with
 //   T_t = e^g (T_{t-1} + S_{t-1}) + 0 k_t v_t^T  beside  S_t = e^g S_{t-1} + k_t v_t^T
 // it is the sum over tokens of q_t^T T_t dn_t, and <T, dS> after the last.
 #pragma once
@@ -26,6 +27,9 @@ class GateTotal : LinearWork {
     GateTotal(const LinearParams& p, const LinearGradients& g) : LinearWork(p), g_(g) {}
 
     bool wanted() const { return g_.ddecay && p_.decay.stride[2] == 0 && p_.decay.size[2] > 1 && !p_.vector_decay(); }
+    // T forgets no faster than S, so what rounding leaves in it grows with slow gates, and where the delta rule has S
+    // forget more, its two reads take most of T from each other. There the running sum is better.
+    bool wanted(const LinearHead& head) const { return wanted() && head.first < head.last && log_of(head) < kFast; }
     int64_t floats() const { return wanted() ? place(nullptr).used : 0; }
 
     // pack(t0, n, rows) fills the rows of tokens [t0, t0 + n), dn without the gradient of denominators, and returns how
@@ -40,7 +44,7 @@ class GateTotal : LinearWork {
         load_state(p_.kv ? p_.kv + state * F * layout_.Dv : nullptr, s);
         zero(x.z, 2 * ld);
         if (p_.normalize && p_.z) memcpy(x.z, p_.z + state * F, sizeof(float) * static_cast<size_t>(F));
-        const float log = *reinterpret_cast<const float*>(log_factor(head, head.first).data);
+        const float log = log_of(head);
         float fade[kBlock + 1];
         for (int i = 0; i <= kBlock; ++i) fade[i] = std::exp(log * static_cast<float>(i));
         zero(x.r, 2 * kBlock * ld);
@@ -56,13 +60,23 @@ class GateTotal : LinearWork {
         if (!head.leads) return total;
         if (g_.dkv) {
             load_state(g_.dkv + state * F * layout_.Dv, s);
-            total += static_cast<double>(dot(x.state, x.far, state_floats()));
+            for (int64_t i = 0; i < state_floats(); i += W) {
+                total += static_cast<double>(dot(x.state + i, x.far + i, W));
+            }
         }
-        for (int64_t f = 0; f < F && g_.dz; ++f) total += static_cast<double>(g_.dz[state * F + f] * x.z[ld + f]);
+        for (int64_t f = 0; f < F && g_.dz; ++f) {
+            total += static_cast<double>(g_.dz[state * F + f]) * static_cast<double>(x.z[ld + f]);
+        }
         return total;
     }
 
    private:
+    static constexpr float kFast = -0.1f;  // log of a gate
+
+    float log_of(const LinearHead& head) const {
+        return *reinterpret_cast<const float*>(log_factor(head, head.first).data);
+    }
+
     struct Buffers {
         Rows rows;
         float *state, *far, *z;        // S and T, and of both what stands for the denominator: [2][ld_f]

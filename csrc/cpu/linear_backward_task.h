@@ -66,21 +66,23 @@ class HeadGradient {
         each([&](float* at, double entered) { *at = static_cast<float>(static_cast<double>(*at) - share * entered); });
     }
 
-    // Rows [first, last) of slice h whose sum, over slices [h, h + count), is to be `total`: each row gives back its
-    // share of what it is off.
+    // Rows [first, last) of slices [h, h + count), whose sum is to be `total`: each gives back its share of what it is
+    // off, by its size.
     void add_up_to(int64_t b, int64_t h, int64_t count, int64_t first, int64_t last, double total) const {
         const auto at = [&](int64_t slice, int64_t t) { return reinterpret_cast<float*>(slices_.row(b, slice, t)); };
         double sum = 0, size = 0;
         for (int64_t slice = h; slice < h + count; ++slice) {
             for (int64_t t = first; t < last; ++t) {
                 sum += static_cast<double>(*at(slice, t));
-                if (slice == h) size += std::fabs(static_cast<double>(*at(slice, t)));
+                size += std::fabs(static_cast<double>(*at(slice, t)));
             }
         }
         const double share = (total - sum) / size;
-        for (int64_t t = first; t < last && std::isfinite(share); ++t) {
-            const double value = static_cast<double>(*at(h, t));
-            *at(h, t) = static_cast<float>(value + share * std::fabs(value));
+        for (int64_t slice = h; slice < h + count && std::isfinite(share); ++slice) {
+            for (int64_t t = first; t < last; ++t) {
+                const double value = static_cast<double>(*at(slice, t));
+                *at(slice, t) = static_cast<float>(value + share * std::fabs(value));
+            }
         }
     }
 

@@ -1,5 +1,5 @@
-// The gradient of a gate that all tokens share, under the delta rule: with du from the first half of the backward pass,
-// S_{t-1} gets e^g (dS_t - beta k du^T), so it is read by q dn^T and by -beta k du^T.
+// The gradient of a fast gate that all tokens share, under the delta rule: with du from the first half of the backward
+// pass, S_{t-1} gets e^g (dS_t - beta k du^T), so it is read by q dn^T and by -beta k du^T.
 #pragma once
 #include "linear_backward_gate.h"
 #include "linear_backward_task.h"
@@ -20,6 +20,7 @@ class DeltaGateTotal : DeltaWork {
         if (!gate_.wanted()) return;
         run_tasks(threads(), heads(), gate_.floats(), [&](int64_t task, float* memory) {
             const LinearHead head = head_of(task);
+            if (!gate_.wanted(head)) return;
             ddecay.add_up_to(head.b, head.h * tiles, tiles, head.first, head.last, total(head, memory));
         });
     }

@@ -189,7 +189,7 @@ __attribute__((noinline)) void read_panel(const ScanBlock& s, int64_t rows, cons
 }
 
 // What a block adds to `count` rows is summed first, so that X is rounded once.
-template <int count, int vecs, bool fades>
+template <int count, int vecs, bool fades, bool asks>
 FASTATTN_INLINE void update_rows(const ScanBlock& s, int64_t row, float* x, int64_t lane) {
     Vec sums[count][vecs];
     FASTATTN_UNROLL for (int r = 0; r < count; ++r) {
@@ -197,10 +197,10 @@ FASTATTN_INLINE void update_rows(const ScanBlock& s, int64_t row, float* x, int6
     }
     const float *a = s.a + row * kBlock, *b = s.b.at + lane;
     RowsAhead::Column ahead{reinterpret_cast<const char*>(a), 0};  // a line at hand, for want of another
-    if (s.ahead && s.ahead->any()) ahead = s.ahead->next();
+    if (asks && s.ahead->any()) ahead = s.ahead->next();
     uintptr_t asked = reinterpret_cast<uintptr_t>(ahead.first);
     FASTATTN_UNROLL for (int t = 0; t < kBlock; ++t, b += s.b.step, asked += static_cast<uintptr_t>(ahead.step)) {
-        __builtin_prefetch(reinterpret_cast<const char*>(asked), 0, 2);
+        if (asks) __builtin_prefetch(reinterpret_cast<const char*>(asked), 0, 2);
         Vec value[vecs];
         FASTATTN_UNROLL for (int n = 0; n < vecs; ++n) value[n] = vload(b + n * W);
         FASTATTN_UNROLL for (int r = 0; r < count; ++r) {
@@ -215,18 +215,24 @@ FASTATTN_INLINE void update_rows(const ScanBlock& s, int64_t row, float* x, int6
         }
     }
 }
-template <int vecs, bool fades>
+template <int vecs, bool fades, bool asks>
 __attribute__((noinline)) void update_panel(const ScanBlock& s, int64_t rows, float* x, int64_t lane) {
     constexpr int kRows = kTileTokens<vecs> < 8 ? kTileTokens<vecs> : 8;
     int64_t row = 0;
-    for (; row + kRows <= rows; row += kRows) update_rows<kRows, vecs, fades>(s, row, x, lane);
-    for (; row < rows; ++row) update_rows<1, vecs, fades>(s, row, x, lane);
+    for (; row + kRows <= rows; row += kRows) update_rows<kRows, vecs, fades, asks>(s, row, x, lane);
+    for (; row < rows; ++row) update_rows<1, vecs, fades, asks>(s, row, x, lane);
 }
 
 template <int vecs>
 inline void scan_panel(const ScanBlock& s, int64_t rows, float* x, int64_t lane) {
     if (s.y) s.backwards ? read_panel<true, vecs>(s, rows, x, lane) : read_panel<false, vecs>(s, rows, x, lane);
-    if (s.a) s.whole ? update_panel<vecs, true>(s, rows, x, lane) : update_panel<vecs, false>(s, rows, x, lane);
+    if (!s.a) return;
+    if (s.ahead) {
+        s.whole ? update_panel<vecs, true, true>(s, rows, x, lane) : update_panel<vecs, false, true>(s, rows, x, lane);
+    } else {
+        s.whole ? update_panel<vecs, true, false>(s, rows, x, lane)
+                : update_panel<vecs, false, false>(s, rows, x, lane);
+    }
 }
 
 inline void scan(const Panels& state, const ScanBlock& s) {

@@ -10,7 +10,7 @@ bool forked_child();  // true in a process forked after start: libgomp's team do
 // Returns once `value` is `target`, which another thread of the team is about to store; sees all it wrote before.
 void wait_until(const std::atomic<int64_t>& value, int64_t target);
 
-// Aligned memory freed at the end of the scope.
+// Aligned memory for a scope, with anything in it: large pieces are kept for the next.
 class Scratch {
    public:
     explicit Scratch(int64_t bytes);
