@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_MEASURED = ("32 MiB", "32 MB")  # limits that the code sets
+NOT_MEASURED = ("32 MiB", "64 MiB", "32 MB")  # limits that the code sets
 BUILDS = "building.md"  # times and sizes of builds are measured by hand: no results file has them
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RESULTS = sorted((ROOT / "bench" / "results").glob("*.json"))
