@@ -2,7 +2,7 @@
 // of differences, it holds a rounding error once for every token that sees it; and a fast gate leaves little beside
 // these. Here it is summed by pairs. Of a query i and a key j before it the gradient has (i - j) times their share of
 // out, so with
-//   T_t = e^g (T_{t-1} + S_{t-1}) + 0 k_t v_t^T  beside  S_t = e^g S_{t-1} + k_t v_t^T
+//   T_t = e^g (T_{t-1} + S_{t-1})  beside  S_t = e^g S_{t-1} + k_t v_t^T
 // it is the sum over tokens of q_t^T T_t dn_t, and <T, dS> after the last.
 #pragma once
 #include <cmath>
