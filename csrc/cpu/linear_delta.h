@@ -281,19 +281,13 @@ class DeltaWork : protected LinearWork {
     // The tokens of a group as [kGroup][stride] floats, zero past `cols` and where there is no token.
     static void load_group(const Source& x, const DeltaWalk::Group& group, int64_t cols, int64_t width, int64_t stride,
                            float* out) {
-        for (int j = 0; j < kGroup; ++j, out += stride) {
-            if (j < group.size) {
-                ask_for(x, group.token(j) + group.step * kDeltaBlock * kGroup, cols);
-                load_row(x, group.token(j), cols, width, out);
-            } else {
-                zero(out, width);
-            }
-        }
+        load_rows(x, group.first, group.step, group.size, group.step * kDeltaBlock * kGroup, cols, width, stride, out);
+        for (int j = group.size; j < kGroup; ++j) zero(out + j * stride, width);
     }
     // Keys and queries of group n.
     template <bool fades, bool reads>
-    void load_rows(const DeltaGates& gates, const DeltaWalk& walk, int64_t n, const Source& q, const Source& k,
-                   const Buffers& x) const {
+    void load_operands(const DeltaGates& gates, const DeltaWalk& walk, int64_t n, const Source& q, const Source& k,
+                       const Buffers& x) const {
         const int64_t D = p_.D(), width = round_up(D, W);
         const DeltaRows rows = x.group(n);
         load_group(k, walk.group(n), D, width, kDeltaRow, rows.enter());

@@ -46,7 +46,7 @@ class DeltaBackward : DeltaWork {
         each_block(
             walk, first, last,
             [&](int64_t n) {
-                load_rows<fades, false>(gates, walk, n, q, k, x);
+                load_operands<fades, false>(gates, walk, n, q, k, x);
                 load_lanes(walk, n, dout, x.one);
                 if (dbeta_) load_lanes(walk, n, rows_of(rest_of(head)), x.two);
             },

@@ -30,7 +30,7 @@ class DeltaForward : DeltaWork {
         each_block(
             walk, first, last,
             [&](int64_t n) {
-                load_rows<fades, true>(gates, walk, n, q, k, x);
+                load_operands<fades, true>(gates, walk, n, q, k, x);
                 load_lanes(walk, n, v, x.one);
             },
             [&](int64_t n, int64_t tile) { advance<fades>(head, walk, n, x, tile, tile - first); },

@@ -185,41 +185,31 @@ class DeltaKeys : DeltaWork {
         return fade;
     }
 
-    // r and du of a whole group are read where they lie.
     DeltaTerms load_terms(const Pass& pass, int64_t n) const {
-        const DeltaWalk::Group group = pass.walk.group(n);
         const int64_t Dv = p_.Dv(), at = n % kDeltaBlock * kGroup * Dv;
-        const float *r = rest_of(pass.head), *du = du_ + (slice(pass.head) * p_.Lk() + pass.head.first) * Dv;
-        DeltaTerms terms;
-        terms.step = pass.walk.backward ? -Dv : Dv;
-        terms.dout = load_slots(pass, group, pass.dout, pass.x.dout + at);
-        for (int j = 0; j < group.size; ++j) {
-            const int64_t t = group.token(j) + group.step * kDeltaBlock * kGroup;
-            ask_for(rows_of(r), t, Dv);
-            ask_for(rows_of(du), t, Dv);
-        }
-        if (group.size == kGroup) {
-            terms.r = r + group.first * Dv;
-            terms.du = du + group.first * Dv;
-        } else {
-            terms.r = load_slots(pass, group, rows_of(r), pass.x.r + at);
-            terms.du = load_slots(pass, group, rows_of(du), pass.x.du + at);
-        }
-        return terms;
+        const Source r = rows_of(rest_of(pass.head));
+        const Source du = rows_of(du_ + (slice(pass.head) * p_.Lk() + pass.head.first) * Dv);
+        return {slots(pass, n, r, pass.x.r + at), slots(pass, n, pass.dout, pass.x.dout + at),
+                slots(pass, n, du, pass.x.du + at), pass.walk.backward ? -Dv : Dv};
     }
-    // The slots of a group as rows in the order of time, Dv floats apart; returns that of slot 0.
-    const float* load_slots(const Pass& pass, const DeltaWalk::Group& group, const Source& x, float* out) const {
-        const int64_t Dv = p_.Dv(), ahead = group.step * kDeltaBlock * kGroup;
-        for (int row = 0; row < kGroup; ++row) {
-            const int j = pass.walk.backward ? kGroup - 1 - row : row;
-            if (j >= group.size) {
-                zero(out + row * Dv, Dv);
-                continue;
-            }
-            ask_for(x, group.token(j) + ahead, Dv);
-            load_row(x, group.token(j), Dv, Dv, out + row * Dv);
+    // The slots of a group as rows of floats in the order of time, Dv floats apart, where they lie if they can be read
+    // there and else at `out`; returns that of slot 0. Back in time they come from the second-level cache.
+    const float* slots(const Pass& pass, int64_t n, const Source& x, float* out) const {
+        const DeltaWalk::Group group = pass.walk.group(n);
+        const int64_t Dv = p_.Dv(), ahead = pass.walk.backward ? 0 : kDeltaBlock * kGroup;
+        if (group.size == kGroup && x.dtype == DType::kFloat32 && x.col == 1 && x.row == Dv) {
+            for (int j = 0; j < kGroup && ahead; ++j) ask_for(x, group.token(j) + ahead, Dv);
+            return reinterpret_cast<const float*>(x.at(group.first));
         }
-        return pass.walk.backward ? out + (kGroup - 1) * Dv : out;
+        const int64_t empty = (kGroup - group.size) * Dv;
+        if (!pass.walk.backward) {
+            load_rows(x, group.first, 1, group.size, ahead, Dv, Dv, Dv, out);
+            zero(out + group.size * Dv, empty);
+            return out;
+        }
+        zero(out, empty);
+        load_rows(x, group.token(group.size - 1), 1, group.size, ahead, Dv, Dv, Dv, out + empty);
+        return out + (kGroup - 1) * Dv;
     }
 
     // u . dout of each token.

@@ -79,6 +79,26 @@ FASTATTN_INLINE void load_row(const Source& x, int64_t r, int64_t cols, int64_t 
     with_row(x, r, cols, [&](int64_t c, Vec a) { vstore(out + c, a); });
     for (int64_t c = round_up(cols, W); c < ld; c += W) vstore(out + c, vzero());
 }
+// The same of rows r, r + step, .., n of them, each to the next `stride` floats of out. The row `ahead` rows of x later
+// is asked for; it may lie outside the tensor, where no pointer may point.
+inline void load_rows(const Source& x, int64_t r, int64_t step, int n, int64_t ahead, int64_t cols, int64_t ld,
+                      int64_t stride, float* out) {
+    const int64_t size = element_size(x.dtype), row_bytes = x.row * size, whole = x.col == 1 ? cols / W * W : 0;
+    const char* row = x.at(r);
+    with_loader(x.dtype, [&](auto load) {
+        for (int j = 0; j < n; ++j, row += step * row_bytes, out += stride) {
+            const uintptr_t later = reinterpret_cast<uintptr_t>(row) + static_cast<uintptr_t>(ahead * row_bytes);
+            for (int64_t c = 0; c < whole; c += W) {
+                __builtin_prefetch(reinterpret_cast<const char*>(later + static_cast<uintptr_t>(c * size)), 0, 2);
+                vstore(out + c, load(row, c));
+            }
+            for (int64_t c = whole; c < ld; c += W) {
+                const int left = static_cast<int>(least<int64_t>(W, cols - c));
+                vstore(out + c, left > 0 ? load_floats(row, x.dtype, c, x.col, left) : vzero());
+            }
+        }
+    });
+}
 
 // Columns [first, last) of a row of floats to user memory, times `factor`; past the caches where that is asked for and
 // can be.
