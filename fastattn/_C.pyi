@@ -107,6 +107,37 @@ def linear_backward(
 def linear_step(
     tensors: tuple, out: Tensor, feature_map: str, normalize: bool, scale: float, threads: int, /
 ) -> None: ...
+def linear_plain_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    beta: Tensor | None,
+    feature_map: str,
+    causal: bool,
+    normalize: bool,
+    scale: float | None,
+    grad_enabled: bool,
+    threads: int,
+    /,
+) -> Tensor | tuple[Tensor, Tensor | None] | None: ...
+def linear_plain_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    beta: Tensor | None,
+    out: Tensor,
+    saved: Tensor | None,
+    needs: Sequence[bool],
+    feature_map: str,
+    causal: bool,
+    normalize: bool,
+    scale: float | None,
+    threads: int,
+    /,
+) -> tuple[Tensor | None, ...] | None: ...
 def linear_plain_step(
     tensors: tuple, feature_map: str, normalize: bool, scale: float | None, grad_enabled: bool, threads: int, /
 ) -> Tensor | None: ...

@@ -10,6 +10,7 @@ void register_cuda(py::module_& m);
 void register_softmax(py::module_& m);
 void register_softmax_plain(py::module_& m);
 void register_linear(py::module_& m);
+void register_linear_plain(py::module_& m);
 void register_peak(py::module_& m);
 void register_plan(py::module_& m);
 }  // namespace fastattn
@@ -32,6 +33,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     fastattn::register_softmax(m);
     fastattn::register_softmax_plain(m);
     fastattn::register_linear(m);
+    fastattn::register_linear_plain(m);
     fastattn::register_plan(m);
     fastattn::register_peak(m);
 }

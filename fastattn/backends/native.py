@@ -171,6 +171,20 @@ def linear_step(x: LinearTensors, params: LinearParams):
     return out
 
 
+def linear_plain_forward(q, k, v, decay, beta, feature_map: str, causal: bool, normalize: bool, scale: float | None):
+    """out, or, where a gradient is wanted, (out, saved or None), or None if anything is unusual."""
+    if _C is None:
+        return None
+    options = feature_map, causal, normalize, scale
+    return _C.linear_plain_forward(q, k, v, decay, beta, *options, torch.is_grad_enabled(), torch.get_num_threads())
+
+
+def linear_plain_backward(dout, q, k, v, decay, beta, out, saved, needs, options: tuple[str, bool, bool, float | None]):
+    """Gradients of the first five inputs, or None if anything is unusual."""
+    assert _C is not None
+    return _C.linear_plain_backward(dout, q, k, v, decay, beta, out, saved, needs, *options, torch.get_num_threads())
+
+
 def linear_plain_step(x: LinearTensors, feature_map: str, normalize: bool, scale: float | None):
     """out of a step whose tensors are as they were given; None if anything about them is unusual."""
     if _C is None:

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..autograd import autocast, full_precision, ordinary, transformed
+from ..autograd import autocast, full_precision, transformed
 from ..dispatch import BACKENDS, Explanation, select
 from ..dispatch import explain as explain_call
-from ..params import LinearCall, LinearState, LinearTensors, normalized
+from ..params import LinearCall, LinearState, LinearTensors
 from . import linear_checks
 from .linear_autograd import attend, attend_without_gradient, step
+from .linear_plain import plain_linear_attention, plain_step
 
 FeatureMap = Literal["identity", "relu", "elu1", "taylor1", "taylor2"]
 State = Union[LinearState, Tensor]
@@ -87,6 +88,10 @@ def linear_attention(  # type: ignore[misc]  # the overloads leave the options t
     A second derivative raises RuntimeError, but on backend="reference". `fastattn.explain_linear` with the same arguments
     tells which kernel runs, and why.
     """
+    if backend == "auto" and not return_state and initial_state is key_mask is cu_seqlens is chunk_size is None:
+        quick = plain_linear_attention(q, k, v, feature_map, causal, decay, beta, normalize, scale)
+        if quick is not None:
+            return quick
     call = _call(
         q, k, v, feature_map, causal, decay, beta, normalize, scale, initial_state, key_mask, cu_seqlens, chunk_size
     )
@@ -148,7 +153,7 @@ def linear_attention_step(
     if state is None:
         raise TypeError("a step advances a state, got None; start from LinearState.zeros(...)")
     if backend == "auto":
-        quick = _plain_step(q, k, v, state, feature_map, decay, beta, normalize, scale)
+        quick = plain_step(q, k, v, state, feature_map, decay, beta, normalize, scale)
         if quick is not None:
             return quick
     call = _call(q, k, v, feature_map, True, decay, beta, normalize, scale, state, None, None, None, look=False)
@@ -176,19 +181,6 @@ def linear_attention_step(
         if x.beta is not None:
             linear_checks.beta_values(x.beta)
     return step(x, call.params, chosen)
-
-
-def _plain_step(q, k, v, state, feature_map, decay, beta, normalize, scale) -> Optional[Tensor]:
-    """out of a step on the native backend by the shortest way; None where the general call is to be made.
-
-    The general call's checks cost as much as the step of a small model; here C++ looks at the tensors once.
-    """
-    known = type(feature_map) is str and (normalize is None or type(normalize) is bool)
-    if not (known and (scale is None or type(scale) is float) and ordinary()) or torch.is_autocast_enabled("cpu"):
-        return None
-    kv, z = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
-    x = LinearTensors(q, k, v, decay, beta, kv, z)
-    return BACKENDS["native"].linear_plain_step(x, feature_map, normalized(feature_map, normalize), scale)
 
 
 def _call(
