@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -135,19 +135,17 @@ class Recurrent(nn.Module):
         """
         self._check(x, cache)
         t = self._tokens(x, cache)
-        out, state = linear_attention(
-            t.q,
-            t.k,
-            t.v,
-            feature_map=self.feature_map,
-            decay=t.decay,
-            beta=t.beta,
-            initial_state=None if cache is None else cache.state,
-            return_state=True,
-            backend=self.backend,
-        )
-        y = self._output(x, out)
-        return (y, Cache(state, t.conv, t.position)) if return_cache else y
+        options: dict[str, Any] = {
+            "feature_map": self.feature_map,
+            "decay": t.decay,
+            "beta": t.beta,
+            "initial_state": None if cache is None else cache.state,
+            "backend": self.backend,
+        }
+        if not return_cache:
+            return self._output(x, linear_attention(t.q, t.k, t.v, **options))
+        out, state = linear_attention(t.q, t.k, t.v, return_state=True, **options)
+        return self._output(x, out), Cache(state, t.conv, t.position)
 
     def step(self, x: Tensor, cache: Cache) -> Tensor:
         """One token x [B, 1, E] -> out [B, 1, E], as the same row of `forward`; advances `cache` in place.
