@@ -87,16 +87,17 @@ class Forward : LinearWork {
             const BlockLanes lanes = pack_values(head, v, false, t0, n, 1, x.v);
             if (factor != Factor::kNone) pack_fading(head, t0, n, rows.fading);
             pair_up<factor, false>(n, true, true, rows);
+            // First the chain of additions, which goes on behind the scan.
+            if (p_.normalize) {
+                denominators(rows.reads, rows.pairs, x);
+                add_keys<factor>(rows, x.z);
+            }
             ScanBlock block = block_of(lanes, x);
             block.y = x.y;
             block.pairs = rows.pairs;
             block.a = rows.enters;
             block.whole = rows.fading.whole;
             scan(x.state, block);
-            if (p_.normalize) {
-                denominators(rows.reads, rows.pairs, x);
-                add_keys(rows, x.z);
-            }
             finish(head, t0, n, x);
         }
     }
@@ -113,7 +114,7 @@ class Forward : LinearWork {
             ScanBlock block = block_of(lanes, x);
             block.a = x.rows.enters;
             scan(x.state, block);
-            if (p_.normalize) add_keys(x.rows, x.z);
+            if (p_.normalize) add_keys<Factor::kNone>(x.rows, x.z);
         }
         const int64_t end = last_query(head);
         for (int64_t t0 = head.first; t0 < end; t0 += kBlock) {
@@ -146,14 +147,20 @@ class Forward : LinearWork {
             vstore(x.dens + t, vmul(vset(static_cast<float>(p_.scale)), sum));
         }
     }
+    // The sum of the keys as they enter a state, in its order.
+    template <Factor factor>
     void add_keys(const BlockRows& rows, float* z) const {
         const float* whole = rows.fading.whole;
         for (int64_t c = 0; c < layout_.ld_f; c += W) {
             Vec sum = vzero();
-            for (int64_t t = 0; t < kBlock; t += W) {
+            FASTATTN_UNROLL for (int64_t t = 0; t < kBlock; t += W) {
                 Vec keys[W];
-                FASTATTN_UNROLL for (int i = 0; i < W; ++i) keys[i] = vload(rows.enters + (c + i) * kBlock + t);
-                transpose(keys);
+                FASTATTN_UNROLL for (int i = 0; i < W; ++i) {
+                    keys[i] = vload(factor == Factor::kRows ? rows.enters + (c + i) * kBlock + t
+                                                            : rows.k + (t + i) * layout_.ld_f + c);
+                    if (factor == Factor::kScalar) keys[i] = vmul(keys[i], vset(rows.fading.end[t + i]));
+                }
+                if (factor == Factor::kRows) transpose(keys);
                 FASTATTN_UNROLL for (int i = 0; i < W; ++i) sum = vadd(sum, keys[i]);
             }
             vstore(z + c, whole ? vfma(vload(whole + c), vload(z + c), sum) : vadd(vload(z + c), sum));
