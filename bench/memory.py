@@ -10,11 +10,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 RESET = Path("/proc/self/clear_refs")  # a 5 written there makes VmHWM start again
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 LENGTH, HEADS, HEAD_DIM = 32768, 1, 64
 NAME = f"bf16 forward + backward causal, B1 H{HEADS} L{LENGTH} D{HEAD_DIM}"
 
@@ -51,6 +53,17 @@ def peak_extra(call: Callable[[], object], device: str) -> int | None:
         return max(0, _resident("VmHWM") - before)
     except (OSError, AttributeError, RuntimeError, MemoryError):
         return None
+
+
+def keep_freed() -> None:
+    """Tells glibc's malloc to keep what is freed for the next call, as allocators made for such work do by themselves.
+
+    Left alone it hands back to the system what is free beyond a threshold that follows what was freed before, so that
+    whether a call pays for fresh pages is a matter of what ran before it. Blocks over 32 MiB are handed back always.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 32 << 20)
 
 
 def _resident(field: str) -> int:

@@ -268,6 +268,7 @@ def calls_of(
     case, turn = result.case, count()
     calls: dict[str, Callable[[], object]] = {}
     right = {name: one for name, one in implementations.items() if result.outcomes[name].status == "ok"}
+    memory.keep_freed()
     try:
         copies = OPS[case.op].make(case) if right else []
     except Exception as error:
