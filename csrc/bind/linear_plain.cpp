@@ -5,7 +5,9 @@
 
 #include <array>
 #include <cmath>
+#include <memory>
 
+#include "fastattn/parallel.h"
 #include "linear_params.h"
 
 namespace py = pybind11;
@@ -52,7 +54,8 @@ py::object forward(py::handle q, py::handle k, py::handle v, py::handle decay, p
                    bool causal, bool normalize, py::handle scale, bool grad_enabled, int threads) {
     const Inputs x{q, k, v, decay, beta};
     LinearParams p{};
-    py::object out, state[2], saved;
+    py::object out, saved;
+    std::unique_ptr<Scratch> state;
     bool grad = false;
     try {
         if (!all_plain(x) || !read(x, map, causal, normalize, scale, threads, &p)) return py::none();
@@ -65,12 +68,11 @@ py::object forward(py::handle q, py::handle k, py::handle v, py::handle decay, p
         out = empty_like(q);
         p.out = view_of(out, "out", 4);
         check_linear_out(p, p.out, "out");
-        state[0] = empty_floats(q, {p.sequences, p.Hs(), p.F(), p.Dv()});
-        p.kv_out = floats(view_of(state[0], "kv", 4), "kv", {p.sequences, p.Hs(), p.F(), p.Dv()});
-        if (normalize) {
-            state[1] = empty_floats(q, {1, p.sequences, p.Hs(), p.F()});
-            p.z_out = floats(view_of(state[1], "z", 4), "z", {1, p.sequences, p.Hs(), p.F()});
-        }
+        // The last state, which nobody asked for.
+        const int64_t rows = p.sequences * p.Hs() * p.F();
+        state = std::make_unique<Scratch>(rows * (p.Dv() + 1) * 4);
+        p.kv_out = state->as<float>();
+        p.z_out = normalize ? p.kv_out + rows * p.Dv() : nullptr;
         saved = py::none();
         if (grad && p.saves()) {
             const int64_t sizes[] = {p.B(), p.H(), p.beta ? p.saved_rows() : p.Lq(), p.beta ? p.Dv() : 1};
