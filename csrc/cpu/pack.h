@@ -182,6 +182,10 @@ inline void pack_transposed(const Source& x, int64_t r0, int64_t n, int64_t cols
     const int64_t count = steps_of<Math>(cols);
     for (int half = 0; half < 2; ++half) {
         const int64_t first = r0 + half * W;
+        if (n <= half * W) {
+            for (int64_t u = 0; u < count * Math::kParts; ++u) vstore(out + u * kPanel + half * W, vzero());
+            continue;
+        }
         const bool whole = n >= (half + 1) * W && x.col == 1 && x.all_visible(first, W);
         int64_t u = 0;
         if (whole) {
@@ -283,6 +287,13 @@ inline void pack_columns(const Source& x, int64_t r0, int64_t n, int64_t cols, f
 // multiple of 32; of several parts, rows of 32 are partners as in store_neighbours.
 template <class Math>
 inline void pack_summed(const Source& x, int64_t r0, int64_t n, int64_t cols, float* out, int64_t b_steps, int64_t at) {
+    // Rows before the last are copied without a question where they are packed by themselves.
+    constexpr int64_t kUnit = Math::kTiles ? 32 : Math::kPair;
+    const int64_t whole = most<int64_t>(0, x.last - r0) / kUnit * kUnit;
+    if (whole > 0 && whole < n) {
+        pack_summed<Math>(x, r0, whole, cols, out, b_steps, at);
+        return pack_summed<Math>(x, r0 + whole, n - whole, cols, out, b_steps, at + steps_of<Math>(whole));
+    }
     const int64_t vecs = ceil_div(cols, W), count = steps_of<Math>(n);
     [[maybe_unused]] const int64_t step = x.row * element_size(x.dtype);
     const int64_t direct = x.col == 1 && x.all_visible(r0, n) ? cols / W : 0;

@@ -379,9 +379,10 @@ void softmax_backward(const SoftmaxParams& p, const SoftmaxGradients& g) {
         return;
     }
 #if FASTATTN_RANK_OF(FASTATTN_ISA) >= 4
-    const bool done = p.q.dtype == DType::kBFloat16  ? Backward<Parts<1>>(p, g).run()
-                      : p.q.dtype == DType::kFloat16 ? Backward<Parts<2>>(p, g).run()
-                                                     : Backward<Parts<3>>(p, g).run();
+    const bool done = is_small(p)                     ? false
+                      : p.q.dtype == DType::kBFloat16 ? Backward<Parts<1>>(p, g).run()
+                      : p.q.dtype == DType::kFloat16  ? Backward<Parts<2>>(p, g).run()
+                                                      : Backward<Parts<3>>(p, g).run();
     if (!done) avx512_bf16::softmax_backward(p, g);
 #elif FASTATTN_RANK_OF(FASTATTN_ISA) == 3
     if (p.q.dtype != DType::kBFloat16) return avx512::softmax_backward(p, g);

@@ -11,12 +11,14 @@ namespace FASTATTN_ISA {
 template <class Math>
 inline void pack_keys(BackwardBuffers<Math>& x, const BackwardSizes<Math>& sizes, const Source& k, const Source& v,
                       int64_t j0, int64_t Lk, bool needs_ds, bool needs_dq) {
-    for (int64_t panel = 0; panel < sizes.panels; ++panel) {
-        const int64_t j = j0 + panel * kPanel, n = most<int64_t>(0, least<int64_t>(kPanel, Lk - j));
+    // No panel past the last key is used.
+    const int64_t panels = least(sizes.panels, ceil_div(Lk - j0, kPanel));
+    for (int64_t panel = 0; panel < panels; ++panel) {
+        const int64_t j = j0 + panel * kPanel, n = least<int64_t>(kPanel, Lk - j);
         pack_transposed<Math>(k, j, n, sizes.D, x.k_columns + panel * kPanel * sizes.d_units);
         if (needs_ds) pack_transposed<Math>(v, j, n, sizes.Dv, x.v_columns + panel * kPanel * sizes.dv_units);
     }
-    if (needs_dq) pack_summed<Math>(k, j0, sizes.keys, sizes.D, x.k_rows, sizes.key_units, 0);
+    if (needs_dq) pack_summed<Math>(k, j0, panels * kPanel, sizes.D, x.k_rows, sizes.key_units, 0);
     if (needs_ds) return;
     // Without dP there is no dS; what is made of these zeros is not read.
     if constexpr (Math::kPair == 1) {

@@ -17,7 +17,8 @@ bool forward(const SoftmaxParams& p) {
 // few do; and backward, if it follows, makes the scores again by tiles.
 bool tiles_pay(const SoftmaxParams& p) {
     const bool few = is_decode(p.Lq(), p.group(), p.Lk());
-    return !few || p.lse_parts || (p.q.dtype == DType::kBFloat16 && p.Lq() * p.group() > kDirectValueRows);
+    if (p.lse_parts) return !is_small(p);
+    return !few || (p.q.dtype == DType::kBFloat16 && p.Lq() * p.group() > kDirectValueRows);
 }
 
 bool forward_by_tiles(const SoftmaxParams& p) {

@@ -38,18 +38,17 @@ Source key_source(const SoftmaxParams& p, const Sight& sight, const TensorView& 
 template <class Math>
 void pack_key_tile(const SoftmaxParams& p, const Source& keys, int64_t tile, float* out) {
     const int64_t width = kPanel * units<Math>(p.D());
-    for (int panel = 0; panel < kPanelsPerTile; ++panel) {
-        const int64_t j = tile * 64 + panel * kPanel;
-        const int64_t n = most<int64_t>(0, least<int64_t>(kPanel, p.Lk() - j));
-        pack_transposed<Math>(keys, j, n, p.D(), out + panel * width);
+    const int64_t end = least(p.Lk(), (tile + 1) * 64);
+    for (int64_t j = tile * 64; j < end; j += kPanel, out += width) {
+        pack_transposed<Math>(keys, j, least<int64_t>(kPanel, end - j), p.D(), out);
     }
 }
 
-// Steps of values [at, at + 64 / pair) of each part from key tile `tile`; keys past Lk are zeros.
+// Steps of values [at, at + 64 / pair) of each part from key tile `tile`, as many as are used; keys past Lk are zeros.
 template <class Math>
 void pack_value_tile(const SoftmaxParams& p, Source values, int64_t tile, float* out, int64_t steps, int64_t at) {
     values.last = least(values.last, p.Lk());
-    pack_summed<Math>(values, tile * 64, 64, p.Dv(), out, steps, at);
+    pack_summed<Math>(values, tile * 64, trimmed(p.Lk() - tile * 64), p.Dv(), out, steps, at);
 }
 
 }  // namespace

@@ -266,7 +266,7 @@ class Split {
             t.tile = tile;
             t.full = (every & any) == ~uint64_t{0};
             t.c0 = 0;
-            t.c1 = 64;
+            t.c1 = trimmed(p_.Lk() - tile * 64);
             panels[n].count = slot + 1;
         }
         return any;

@@ -61,6 +61,9 @@ struct Terms {
     }
 };
 
+// Columns of a tile that are worked on where `keys` are left from its first on.
+inline int trimmed(int64_t keys) { return static_cast<int>(least<int64_t>(64, round_up(keys, kTrim))); }
+
 struct PanelTile {
     int64_t tile;
     int c0, c1;  // columns in use, multiples of kTrim

@@ -11,6 +11,12 @@ FASTATTN_INLINE bool is_decode(int64_t Lq, int64_t group, int64_t Lk) {
     return Lq <= 16 && Lq * group <= kDecodeRows && Lk > 0;
 }
 
+// A float32 call that would be mostly padding as matrix tiles. Forward, where a backward pass follows, and backward
+// choose alike: both make the same scores.
+FASTATTN_INLINE bool is_small(const SoftmaxParams& p) {
+    return p.q.dtype == DType::kFloat32 && p.Lq() <= 32 && p.Lk() <= 32;
+}
+
 // Threads for a call of `tasks` tasks. Waking a team costs more than it saves where a forward pass has few
 // multiply-adds.
 FASTATTN_INLINE int team_of(const SoftmaxParams& p, int64_t tasks) {
