@@ -97,6 +97,7 @@ def cpu_cases() -> list[Case]:
     tiny = Problem(B=1, Hq=8, Hk=8, Lq=1, Lk=64, D=64)
     masked = Problem(B=1, Hq=8, Hk=8, Lq=1, Lk=1024, D=64, mask="1k")
     layer = square(64, H=4, causal="top_left", layout="blhd")  # of a small model, as its projection lays it out
+    shortest = square(16, B=64)
     one_head = square(1024, H=1, causal="top_left")
     return [
         case("fp32 forward full", FULL, "fp32", Goal(1.22, 0.85), presets=QUICK),
@@ -123,6 +124,8 @@ def cpu_cases() -> list[Case]:
         case("fp32 decode with a mask of keys", masked, "fp32", Goal(1.0), bound="memory", presets=DECODE),
         case("fp32 small forward H4 L64", layer, "fp32", Goal(1.0)),
         case("fp32 small backward H4 L64", layer, "fp32", Goal(1.0), backward=True),
+        case("fp32 short forward B64 H8 L16", shortest, "fp32", Goal(1.0)),
+        case("fp32 short backward B64 H8 L16", shortest, "fp32", Goal(1.0), backward=True),
         case("fp32 backward H1, 1 -> 2 threads", one_head, "fp32", Goal(1.8), backward=True, extra="threads"),
     ]
 
