@@ -21,7 +21,7 @@ static const char* const kNames[] = {"scalar", "avx2", "avx512", "avx512_bf16", 
 const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
 
 // Whether the CPU multiplies bf16 tiles and Linux lets this process use them: their registers must be asked for.
-static bool has_amx() {
+[[maybe_unused]] static bool has_amx() {
 #ifdef FASTATTN_WITH_AMX                                    // on Linux
     constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // of CPUID leaf 7, EDX
     constexpr long kRequestPermission = 0x1023, kTileData = 18;

@@ -356,7 +356,7 @@ class LinearWork {
         std::atomic<int> members{0};
         std::atomic<int64_t> next{0};
         run_team(threads, [&] {
-            const FlushSubnormals mode;
+            [[maybe_unused]] const FlushSubnormals mode;
             float* mine = memory.as<float>() + members.fetch_add(1) * floats;
             for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(task, mine);
             vstream_end();

@@ -36,6 +36,8 @@ static uint64_t equal_bits(const uint16_t* row, uint16_t value, int64_t n, int64
                       high = _mm_cmpeq_epi16(_mm_loadu_si128(at + 1), wanted);
         found |= static_cast<uint64_t>(_mm_movemask_epi8(_mm_packs_epi16(low, high))) << *j;
     }
+#else
+    (void)row, (void)value, (void)n, (void)j;
 #endif
     return found;
 }
@@ -53,6 +55,8 @@ static uint64_t equal_bits(const uint32_t* row, uint32_t value, int64_t n, int64
         const __m128i low = _mm_packs_epi32(equal[0], equal[1]), high = _mm_packs_epi32(equal[2], equal[3]);
         found |= static_cast<uint64_t>(_mm_movemask_epi8(_mm_packs_epi16(low, high))) << *j;
     }
+#else
+    (void)row, (void)value, (void)n, (void)j;
 #endif
     return found;
 }
