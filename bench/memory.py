@@ -1,4 +1,4 @@
-"""Peak memory: of any call of this process, and of one long forward and backward in a process of its own.
+"""What malloc keeps between calls; peak memory of any call of this process, and of a long one in a process of its own.
 
 `python -m fastattn.bench.memory` is that process.
 """

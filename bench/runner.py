@@ -268,7 +268,8 @@ def calls_of(
     case, turn = result.case, count()
     calls: dict[str, Callable[[], object]] = {}
     right = {name: one for name, one in implementations.items() if result.outcomes[name].status == "ok"}
-    memory.keep_freed()
+    if case.device == "cpu":
+        memory.keep_freed()
     try:
         copies = OPS[case.op].make(case) if right else []
     except Exception as error:

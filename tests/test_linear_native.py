@@ -6,6 +6,7 @@ import torch
 import fastattn
 from fastattn import LinearState, linear_attention, linear_attention_step
 from fastattn.params import LinearTensors
+from fastattn.testing import LAYOUTS, relayout
 
 native_status = fastattn.backends.native.status()
 pytestmark = pytest.mark.skipif(native_status is not None, reason=f"native: {native_status}")
@@ -108,6 +109,19 @@ def test_strides_change_no_bit(dtype):
     columns = [t.transpose(2, 3).contiguous().transpose(2, 3) for t in (q, k, v)]
     for strided in (heads_inside, every_other, columns):
         assert all(torch.equal(a, b) for a, b in zip(run((*strided, decay)), expected))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("beta", [False, True])
+def test_strides_of_gates_change_no_bit(beta, layout):
+    """Gates of each channel, more of them than a vector holds."""
+    q, k, v, decay = inputs(2, 21, 40, 24, "vector")
+    k, decay = torch.nn.functional.normalize(k, dim=-1), relayout(decay, layout)
+    beta = relayout(torch.rand(1, 2, 21, 1), layout)[..., 0] if beta else None
+    found = run((q, k, v, decay), feature_map="identity", beta=beta)
+    dense = [None if t is None else t.contiguous() for t in (decay, beta)]
+    expected = run((q, k, v, dense[0]), feature_map="identity", beta=dense[1])
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("kind", ("scalar", "vector"))

@@ -219,6 +219,8 @@ def test_is_left_alone_where_someone_looks():
         "gate": {"decay": wrong_gate}, "infinite gate": {"decay": g - torch.inf}, "nan gate": {"decay": g * torch.nan},
         "positive gate of a head": {"decay": torch.tensor([-1.0, 1.0])}, "gates of other heads": {"decay": torch.zeros(3)},
         "wrong gate with strides": {"decay": relayout(wrong_gate[..., None], "blhd")[..., 0]}, "gate dtype": {"decay": g.double()},
+        "beta with a channel": {"beta": b[..., None]}, "gate with a channel": {"decay": g[..., None]},
+        "gate of a channel with taylor1": {"decay": g[..., None], "beta": None, "feature_map": "taylor1", "q": q[..., :1], "k": k[..., :1], "v": v[..., :1]},
         "beta": {"beta": wrong_beta}, "nan beta": {"beta": b * torch.nan}, "beta's shape": {"beta": b[:1]},
         "gradient of one number": {"decay": torch.zeros(2, requires_grad=True)}, "list": {"decay": [0.0, 0.0]},
         "empty": {"q": q[:0], "k": k[:0], "v": v[:0], "decay": g[:0], "beta": b[:0]},
@@ -231,6 +233,33 @@ def test_is_left_alone_where_someone_looks():
     torch.func.vmap(lambda q: (seen.append(plain(x, case, q=q)), q)[1])(q[None])
     torch.func.grad(lambda q: (seen.append(plain(x, case, q=q)), q.sum())[1])(q)
     assert seen == [None, None]
+
+
+@pytest.mark.parametrize("L", [1, 5])
+def test_the_gradient_of_a_gate_of_a_head(L):
+    q, k, v = (torch.randn(1, 3, L, 16) for _ in range(3))
+    gate = torch.tensor([-0.1, -0.2, -0.3], requires_grad=True)
+    found = [
+        torch.autograd.grad(fastattn.linear_attention(q, k, v, decay=gate, backend=backend).sum(), gate)[0]
+        for backend in ("auto", "native")
+    ]
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("attend", [fastattn.linear_attention, fastattn.attention])
+def test_no_gradient_comes_back_as_none(attend):
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, g):
+            return None
+
+    q = torch.randn(1, 2, 5, 16, requires_grad=True)
+    Stop.apply(attend(q, q, q)).sum().backward()
+    assert q.grad is None
 
 
 def test_is_what_training_calls():

@@ -269,7 +269,7 @@ def _repeated(problem: Problem, backend: str, times: int, L: int) -> Implementat
 
 
 def _cut(problem: Problem, backend: str) -> Implementation:
-    """All tokens as sequences of SHORT: the same memory, read and written once."""
+    """All tokens as sequences of SHORT: the same memory, read and written once. Of equal heads, without gates."""
 
     def run(x: Inputs) -> None:
         p = problem

@@ -27,11 +27,14 @@ bool all_plain(const Inputs& x) {
     return is_on_cpu(x[kQ]);
 }
 
+int dims(py::handle tensor) { return tensor.is_none() ? 0 : tensor.attr("dim")().cast<int>(); }
+
 // Of tensors that are plain; a decay of one number a head comes as [Hs].
 bool read(const Inputs& x, const std::string& map, bool causal, bool normalize, py::handle scale, int threads,
           LinearParams* p) {
     const py::handle decay = x[kDecay], none = py::none();
-    const bool constant = !decay.is_none() && decay.attr("dim")().cast<int>() == 1;
+    const bool constant = dims(decay) == 1, by_channel = dims(decay) == 4;
+    if (!x[kBeta].is_none() && dims(x[kBeta]) != 3) return false;
     const double D = static_cast<double>(view_of(x[kQ], "q", 4).size[3]);
     const double factor = scale.is_none() ? std::pow(D, -0.5) : scale.cast<double>();
     if (normalize && !(factor > 0)) return false;
@@ -44,6 +47,7 @@ bool read(const Inputs& x, const std::string& map, bool causal, bool normalize, 
         if (!causal) return false;
         p->decay = {t.data, {p->B(), p->Hs(), p->Lk(), 1}, {0, t.stride[3], 0, 1}, t.dtype};
     }
+    if (by_channel && (p->decay.size[3] != p->D() || p->F() != p->D())) return false;
     return p->D() == p->Dv() && p->q.size[1] == p->H() && p->B() * p->H() * p->Lq() * p->Lk() > 0 && is_usual(p->q);
 }
 
@@ -64,7 +68,8 @@ py::object forward(py::handle q, py::handle k, py::handle v, py::handle decay, p
         for (const py::handle& t : x) grad |= grad_enabled && !t.is_none() && requires_grad(t);
         if (grad && (!is_usual(p.k) || !is_usual(p.v))) return py::none();
         // The gradient of what is one number is a sum, which the general call takes.
-        if (grad && p.decay && is_expanded(p.decay) && requires_grad(decay)) return py::none();
+        const bool shared = p.decay && (dims(decay) == 1 || is_expanded(p.decay));
+        if (grad && shared && requires_grad(decay)) return py::none();
         out = empty_like(q);
         p.out = view_of(out, "out", 4);
         check_linear_out(p, p.out, "out");

@@ -42,7 +42,7 @@ struct DeltaGates {
     Vec at(int64_t t, int64_t c, int n) const {
         if (t < 0 || t >= length) return vzero();
         if (!by_channel) return vset(reinterpret_cast<const float*>(data)[t * token]);
-        return load_floats(data + t * token * 4, DType::kFloat32, c * channel, channel, n);
+        return load_floats(data + t * token * 4, DType::kFloat32, c, channel, n);
     }
 };
 

@@ -193,7 +193,8 @@ class DeltaKeys : DeltaWork {
                 slots(pass, n, du, pass.x.du + at), pass.walk.backward ? -Dv : Dv};
     }
     // The slots of a group as rows of floats in the order of time, Dv floats apart, where they lie if they can be read
-    // there and else at `out`; returns that of slot 0. Back in time they come from the second-level cache.
+    // there and else at `out`, where they are stored by whole vectors, in order; returns that of slot 0. Back in time
+    // none is asked for ahead: the pass on in time has left them in the second-level cache.
     const float* slots(const Pass& pass, int64_t n, const Source& x, float* out) const {
         const DeltaWalk::Group group = pass.walk.group(n);
         const int64_t Dv = p_.Dv(), ahead = pass.walk.backward ? 0 : kDeltaBlock * kGroup;

@@ -79,8 +79,8 @@ FASTATTN_INLINE void load_row(const Source& x, int64_t r, int64_t cols, int64_t 
     with_row(x, r, cols, [&](int64_t c, Vec a) { vstore(out + c, a); });
     for (int64_t c = round_up(cols, W); c < ld; c += W) vstore(out + c, vzero());
 }
-// The same of rows r, r + step, .., n of them, each to the next `stride` floats of out. The row `ahead` rows of x later
-// is asked for; it may lie outside the tensor, where no pointer may point.
+// The same of rows r, r + step, .., n of them, each to the next `stride` floats of out. Whole vectors of the row
+// `ahead` rows of x later are asked for; it may lie outside the tensor, where no pointer may point.
 inline void load_rows(const Source& x, int64_t r, int64_t step, int n, int64_t ahead, int64_t cols, int64_t ld,
                       int64_t stride, float* out) {
     const int64_t size = element_size(x.dtype), row_bytes = x.row * size, whole = x.col == 1 ? cols / W * W : 0;

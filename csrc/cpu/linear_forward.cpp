@@ -87,7 +87,7 @@ class Forward : LinearWork {
             const BlockLanes lanes = pack_values(head, v, false, t0, n, 1, x.v);
             if (factor != Factor::kNone) pack_fading(head, t0, n, rows.fading);
             pair_up<factor, false>(n, true, true, rows);
-            // First the chain of additions, which goes on behind the scan.
+            // First, since these additions wait for one another: they go on during the scan.
             if (p_.normalize) {
                 denominators(rows.reads, rows.pairs, x);
                 add_keys<factor>(rows, x.z);

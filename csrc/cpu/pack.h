@@ -287,7 +287,7 @@ inline void pack_columns(const Source& x, int64_t r0, int64_t n, int64_t cols, f
 // multiple of 32; of several parts, rows of 32 are partners as in store_neighbours.
 template <class Math>
 inline void pack_summed(const Source& x, int64_t r0, int64_t n, int64_t cols, float* out, int64_t b_steps, int64_t at) {
-    // Rows before the last are copied without a question where they are packed by themselves.
+    // Whole units of rows that exist are packed by themselves: then nobody asks row by row.
     constexpr int64_t kUnit = Math::kTiles ? 32 : Math::kPair;
     const int64_t whole = most<int64_t>(0, x.last - r0) / kUnit * kUnit;
     if (whole > 0 && whole < n) {

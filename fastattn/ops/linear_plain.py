@@ -50,11 +50,14 @@ class PlainLinearAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, decay, beta, found: tuple[Tensor, Optional[Tensor]], options: Options) -> Tensor:
         ctx.options = options
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, decay, beta, *found)
         return found[0]
 
     @staticmethod
-    def backward(ctx, dout: Tensor) -> tuple[Any, ...]:
+    def backward(ctx, dout: Optional[Tensor]) -> tuple[Any, ...]:
+        if dout is None:
+            return (None,) * 7
         q, k, v, decay, beta, out, saved = ctx.saved_tensors
         needs = ctx.needs_input_grad[:5]
         if not torch.is_grad_enabled() and ordinary():

@@ -36,11 +36,14 @@ class PlainAttention(torch.autograd.Function):
         ctx, q, k, v, mask, found: tuple[Tensor, Tensor], scale: Optional[float], causal: Union[bool, str]
     ) -> Tensor:
         ctx.options = scale, causal
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, mask, *found)
         return found[0]
 
     @staticmethod
-    def backward(ctx, dout: Tensor) -> tuple[Any, ...]:
+    def backward(ctx, dout: Optional[Tensor]) -> tuple[Any, ...]:
+        if dout is None:
+            return (None,) * 7
         q, k, v, mask, out, parts = ctx.saved_tensors
         scale, causal = ctx.options
         needs = ctx.needs_input_grad[:3]
