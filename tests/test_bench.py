@@ -203,6 +203,8 @@ GOALS = {
     "fp32 decode with a mask of keys": (1.0, None, None),
     "fp32 small forward H4 L64": (1.0, None, None),
     "fp32 small backward H4 L64": (1.0, None, None),
+    "fp32 short forward B64 H8 L16": (1.0, None, None),
+    "fp32 short backward B64 H8 L16": (1.0, None, None),
 }
 
 
