@@ -17,7 +17,7 @@ namespace {
 
 constexpr int64_t kGates = 1 << 16;  // numbers of a tensor of gates up to which one thread looks at them here
 
-// The four that may have a gradient come first, as in LinearTensors.
+// q, k, v, decay, beta: the first fields of LinearTensors.
 using Inputs = std::array<py::handle, 5>;
 
 bool all_plain(const Inputs& x) {
@@ -33,7 +33,7 @@ int dims(py::handle tensor) { return tensor.is_none() ? 0 : tensor.attr("dim")()
 bool read(const Inputs& x, const std::string& map, bool causal, bool normalize, py::handle scale, int threads,
           LinearParams* p) {
     const py::handle decay = x[kDecay], none = py::none();
-    const bool constant = dims(decay) == 1, by_channel = dims(decay) == 4;
+    const bool constant = dims(decay) == 1;
     if (!x[kBeta].is_none() && dims(x[kBeta]) != 3) return false;
     const double D = static_cast<double>(view_of(x[kQ], "q", 4).size[3]);
     const double factor = scale.is_none() ? std::pow(D, -0.5) : scale.cast<double>();
@@ -47,7 +47,7 @@ bool read(const Inputs& x, const std::string& map, bool causal, bool normalize, 
         if (!causal) return false;
         p->decay = {t.data, {p->B(), p->Hs(), p->Lk(), 1}, {0, t.stride[3], 0, 1}, t.dtype};
     }
-    if (by_channel && (p->decay.size[3] != p->D() || p->F() != p->D())) return false;
+    if (dims(decay) == 4 && p->decay.size[3] != p->D()) return false;
     return p->D() == p->Dv() && p->q.size[1] == p->H() && p->B() * p->H() * p->Lq() * p->Lk() > 0 && is_usual(p->q);
 }
 
